@@ -1,0 +1,91 @@
+"""Repairs of megatron-core 0.16.1 that are needed on any device where neither apex nor Transformer Engine is installed.
+
+Owns: corrections of upstream faults, each named with its symptom and the condition under which it can go.
+Does not own: running without CUDA (``parallel.cpu_adapter``).
+
+All three concern ``DistributedOptimizer`` around ``torch.optim.AdamW``; with apex or Transformer Engine its other
+branches run, which keep ``step`` per group, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_fixed = False
+
+
+def fix_megatron() -> None:
+    """Apply the repairs, once per process; no-op with apex or Transformer Engine."""
+    global _fixed
+    from megatron.core.optimizer import distrib_optimizer
+
+    if _fixed or distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    _allocate_state_before_state_dict(optimizer_class)
+    _own_step_per_parameter(optimizer_class)
+    _set_states_without_step(optimizer_class)
+    _fixed = True
+
+
+def allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of a fresh Adam its zero state, as its first step would."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                optimizer.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def _allocate_state_before_state_dict(optimizer_class: Any) -> None:
+    """``state_dict`` of an optimizer that has not stepped fails ``assert len(steps) == 1``.
+
+    Can go when a fresh DistributedOptimizer over torch.optim.AdamW can be saved and loaded.
+    """
+    original = optimizer_class.state_dict
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        if not self.is_stub_optimizer:
+            allocate_adam_state(self.optimizer)
+        return original(self)
+
+    optimizer_class.state_dict = state_dict
+
+
+def _own_step_per_parameter(optimizer_class: Any) -> None:
+    """``load_state_dict`` puts one shared ``step`` tensor into every state, which each parameter then increments.
+
+    With 16 parameters one update takes the step from 2 to 18 and the bias correction goes with it, silently.
+    Can go when upstream clones the tensor per parameter.
+    """
+    original = optimizer_class.load_state_dict
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        original(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    optimizer_class.load_state_dict = load_state_dict
+
+
+def _set_states_without_step(optimizer_class: Any) -> None:
+    """Loading looks for a per-parameter ``step`` that is never saved, and copies into a leaf that requires grad.
+
+    Can go when ``_set_main_param_and_optimizer_states`` skips ``step`` and runs under ``no_grad``.
+    """
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        state = self.optimizer.state[main_param]
+        main_param.copy_(tensors["param"])
+        state["exp_avg"].copy_(tensors["exp_avg"])
+        state["exp_avg_sq"].copy_(tensors["exp_avg_sq"])
+
+    optimizer_class._set_main_param_and_optimizer_states = set_states

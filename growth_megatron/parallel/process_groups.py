@@ -1,0 +1,101 @@
+"""Process groups of a layout: start, change, end.
+
+Owns: torch.distributed's default group, megatron-core's groups, the device of this rank.
+Does not own: whether a world size fits a configuration (``config.load.check_world_size``, which runs first).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from growth_megatron.config.schema import ParallelConfig
+from growth_megatron.parallel.cpu_adapter import adapt_megatron_to_cpu
+from growth_megatron.parallel.megatron_fixes import fix_megatron
+
+
+def world_size_from_environment() -> int:
+    """World size as torchrun announces it; 1 without torchrun. Needs no process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """Rank as torchrun announces it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start(timeout_s: float = 1800.0) -> None:
+    """Join the default process group (nccl with CUDA, else gloo), also as a world of one without torchrun."""
+    adapt_megatron_to_cpu()
+    fix_megatron()
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+
+
+def set_layout(parallel: ParallelConfig, seed: int) -> None:
+    """Build megatron-core's groups for ``parallel``, ending those of an earlier layout."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    chunks = parallel.chunks
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def stop() -> None:
+    """Leave all groups."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """``value`` of rank ``source``, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def on_rank_zero(function: Any) -> Any:
+    """Run ``function`` on rank 0 and give its result, or its exception, to every rank.
+
+    All ranks must call it. An error on rank 0 is raised everywhere, so nobody waits in a later collective.
+    """
+    outcome: tuple[str, Any] = ("", None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = ("value", function())
+        except Exception as error:  # handed on to all ranks, which raise it
+            outcome = ("error", error)
+    kind, value = broadcast_object(outcome)
+    if kind == "error":
+        raise value
+    return value

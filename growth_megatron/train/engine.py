@@ -1,0 +1,175 @@
+"""A stage's model, optimizer and pipeline schedule, ready to step.
+
+Owns: building and wrapping them, one training step, one evaluation.
+Does not own: the order of steps (``train.loop``), where weights come from (``train.stages``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from growth_megatron.config.schema import StageConfig
+from growth_megatron.model.llama import build_model_chunks
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What one step measured, the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    stop_requested: bool
+
+
+class Engine:
+    """Model chunks in DistributedDataParallel with a DistributedOptimizer, at the current process groups."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        self.stage = stage
+        self.models: list[GPTModel] = build_model_chunks(stage.model, stage.parallel, stage.training)
+        self.wrapped: list[DistributedDataParallel] = []
+        self._optimizer: MegatronOptimizer | None = None
+
+    def finish(self) -> None:
+        """Wrap the models and build the optimizer: after initial weights are in, since it copies its masters here."""
+        parallel, settings = self.stage.parallel, self.stage.optimizer
+        config = self.models[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            check_for_nan_in_grad=False,
+        )
+        self.wrapped = [
+            # Buckets follow the order of backward; of a later chunk or pipeline stage nothing is to be overlapped.
+            DistributedDataParallel(
+                config,
+                ddp,
+                model,
+                disable_bucketing=index > 0 or not parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+            )
+            for index, model in enumerate(self.models)
+        ]
+        self._optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=self.stage.schedule.learning_rate,
+                min_lr=self.stage.schedule.min_learning_rate,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.epsilon,
+                clip_grad=settings.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            self.wrapped,
+        )
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.wrapped]
+            config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        assert self._optimizer is not None, "finish() has not been called"
+        return self._optimizer
+
+    def set_optimizer_settings(self, learning_rate: float) -> None:
+        """Put the configured settings into every parameter group; what a checkpoint stored of them is not used."""
+        settings = self.stage.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+            group["betas"] = (settings.beta1, settings.beta2)
+            group["eps"] = settings.epsilon
+
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, stop_requested: bool = False) -> StepResult:
+        """One update from this rank's micro-batches.
+
+        ``stop_requested`` of any rank comes back on all of them, so that all leave at the same step.
+        """
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(batches, forward_only=False)
+        self.set_optimizer_settings(learning_rate)
+        _, grad_norm, _ = self.optimizer.step()
+        loss, stop = _world_mean_loss(losses, stop_requested)
+        return StepResult(loss, float(grad_norm or 0.0), stop)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], stop_requested: bool = False) -> tuple[float, bool]:
+        """Mean loss (nats per token) of this rank's micro-batches and those of all data-parallel peers."""
+        for model in self.models:
+            model.eval()
+        losses = self._run(batches, forward_only=True)
+        for model in self.models:
+            model.train()
+        return _world_mean_loss(losses, stop_requested)
+
+    @contextmanager
+    def gathered_parameters(self) -> Iterator[None]:
+        """All parameters complete on every rank, also where their gathering is deferred to the next forward."""
+        deferred = self.stage.parallel.overlap_param_gather
+        if deferred:
+            for chunk in self.wrapped:
+                chunk.disable_forward_pre_hook()
+        yield
+        if deferred:
+            for chunk in self.wrapped:
+                chunk.enable_forward_pre_hook()
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> list[torch.Tensor]:
+        iterators = [iter(batches) for _ in self.wrapped]
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped if len(self.wrapped) > 1 else self.wrapped[0],
+            num_microbatches=len(batches),
+            seq_length=self.stage.model.sequence_length,
+            micro_batch_size=self.stage.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return [output["loss"] for output in outputs]  # empty except on the last pipeline stage
+
+
+def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over the micro-batch's tokens; losses ``[b, s]``."""
+    loss = (token_losses.float() * mask).sum() / mask.sum()
+    return loss, {"loss": loss.detach().clone()}  # the schedule divides the first one in place
+
+
+def _world_mean_loss(losses: Sequence[torch.Tensor], stop_requested: bool) -> tuple[float, bool]:
+    """Mean loss over micro-batches and data-parallel ranks, and whether any rank wants to stop, in one reduction."""
+    packed = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
+        packed[0] = torch.stack([loss.double() for loss in losses]).mean()
+        packed[0] /= parallel_state.get_data_parallel_world_size()
+    packed[1] = float(stop_requested)
+    dist.all_reduce(packed)
+    return float(packed[0]), bool(packed[1] > 0)
