@@ -30,6 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 
+from growth_megatron.checkpoint.source import DistCheckpoint
 from growth_megatron.errors import CheckpointError
 
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
@@ -132,8 +133,6 @@ def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
 
 
 def _check_shapes(directory: Path, shards: Iterator[ShardedTensor]) -> None:
-    from growth_megatron.checkpoint.source import DistCheckpoint
-
     """megatron-core pads embedding and output on a mismatch without a word; compare before it can."""
     stored = DistCheckpoint(directory)
     known, wrong = set(stored.keys()), []

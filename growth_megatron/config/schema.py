@@ -9,15 +9,41 @@ so that every ``StageConfig`` here is complete by itself.
 
 from __future__ import annotations
 
+import difflib
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+
+def _number(value: Any) -> Any:
+    """Pydantic counts true as 1; in a configuration that is a mistake."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "must be a number, not true or false")
+    return value
+
+
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+
+
+def refuse(problems: Sequence[tuple[str, str]]) -> None:
+    """Raise one validation error for all ``(dotted key, what is wrong)``, if there are any."""
+    if problems:
+        text = "; ".join(f"{key}: {wrong}" for key, wrong in problems)
+        raise PydanticCustomError("combination", "{text}", {"text": text, "problems": list(problems)})
+
+
+def divisors(*values: int) -> str:
+    """Common divisors of ``values``, as a message lists them."""
+    common = math.gcd(*values)
+    return ", ".join(str(d) for d in range(1, min(common, 64) + 1) if common % d == 0)
 
 
 class Section(BaseModel):
@@ -36,7 +62,9 @@ class ModelConfig(Section):
     head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_attention_heads")
     ffn_hidden_size: PositiveInt
     vocab_size: PositiveInt = Field(description="entries of the tokenizer")
-    vocab_multiple: PositiveInt = Field(128, description="the embedding is padded to a multiple of this, at every layout")
+    vocab_multiple: PositiveInt = Field(
+        128, description="the vocabulary is padded to a multiple of this, at every layout"
+    )
     sequence_length: PositiveInt = 2048
     rope_base: PositiveFloat = 10000.0
     norm_epsilon: PositiveFloat = 1e-5
@@ -45,18 +73,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "change one of them or set head_dim"
-            )
-        if self.num_attention_heads % self.query_groups:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
-                f"{self.query_groups}; each query group serves the same number of heads"
-            )
-        if self.kv_channels % 2:
-            raise ValueError(f"head_dim {self.kv_channels} is odd; RoPE rotates pairs, so use an even head_dim")
+        heads, problems = self.num_attention_heads, []
+        if self.head_dim is None and self.hidden_size % heads:
+            text = f"{heads} does not divide hidden_size {self.hidden_size}; change one of them or set head_dim"
+            problems.append(("num_attention_heads", text))
+        elif self.kv_channels % 2:
+            key = "num_attention_heads" if self.head_dim is None else "head_dim"
+            problems.append((key, f"gives heads of {self.kv_channels} channels; RoPE rotates pairs, so make it even"))
+        if heads % self.query_groups:
+            text = f"{self.query_groups} does not divide num_attention_heads {heads}; allowed: {divisors(heads)}"
+            problems.append(("num_query_groups", text))
+        refuse(problems)
         return self
 
     @property
@@ -86,11 +113,14 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        problems = []
         if self.sequence_parallel and self.tensor_parallel_size == 1:
-            raise ValueError("sequence_parallel needs tensor_parallel_size > 1; set it to false or raise the latter")
-        if self.virtual_pipeline_parallel_size and self.virtual_pipeline_parallel_size > 1:
-            if self.pipeline_parallel_size == 1:
-                raise ValueError("virtual_pipeline_parallel_size needs pipeline_parallel_size > 1; remove it")
+            text = "needs tensor_parallel_size > 1; set it to false or raise tensor_parallel_size"
+            problems.append(("sequence_parallel", text))
+        if self.chunks > 1 and self.pipeline_parallel_size == 1:
+            text = "needs pipeline_parallel_size > 1; remove it or raise pipeline_parallel_size"
+            problems.append(("virtual_pipeline_parallel_size", text))
+        refuse(problems)
         return self
 
     @property
@@ -116,7 +146,7 @@ class DataConfig(Section):
     tokenizer: str = Field(min_length=1, description="SentencePiece model file")
     train: tuple[DatasetConfig, ...] = Field(min_length=1)
     validation: tuple[DatasetConfig, ...] = ()
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+    validation_fraction: Fraction = Field(
         0.0, description="share of the documents of `train` held out, where `validation` names no files"
     )
     cache_directory: str | None = Field(None, description="sample index cache; default: beside the run")
@@ -124,15 +154,15 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_validation(self) -> Self:
         if self.validation and self.validation_fraction:
-            raise ValueError("give either validation files or validation_fraction, not both")
+            refuse([("validation_fraction", "is given together with validation files; keep one of the two")])
         return self
 
 
 class OptimizerConfig(Section):
     """AdamW, sharded over data-parallel ranks (Megatron's DistributedOptimizer, always)."""
 
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_grad: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
@@ -146,16 +176,16 @@ class ScheduleConfig(Section):
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = Field(
-        None, description="cosine: step at which the minimum is reached; wsd: length of the final decay; default: "
-        "the stage's length (cosine), a tenth of it (wsd)"
+        None,
+        description="cosine: step at which the minimum is reached; wsd: length of the final decay; default: "
+        "the stage's length (cosine), a tenth of it (wsd)",
     )
 
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
-            )
+            text = f"{self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
+            refuse([("min_learning_rate", text)])
         return self
 
 
@@ -174,7 +204,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give the stage's length as exactly one of steps or tokens")
+            state = "has neither steps nor tokens" if self.steps is None else "has both steps and tokens"
+            refuse([("", f"{state}; give the stage's length as exactly one of the two")])
         return self
 
 
@@ -185,7 +216,16 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
     keep_every_steps: PositiveInt | None = Field(None, description="checkpoints at these steps are permanent")
     async_save: bool = False
-    resume: str = Field("auto", description="auto | must | never | path of a checkpoint")
+    resume: str = Field("auto", min_length=1, description="auto | must | never | path of a checkpoint")
+
+    @field_validator("resume")
+    @classmethod
+    def _resume(cls, value: str) -> str:
+        words = ("auto", "must", "never")
+        close = difflib.get_close_matches(value.lower(), words, 1, 0.7)
+        if close and value not in words:
+            raise ValueError(f"is {value!r}; did you mean {close[0]}? A folder of that name is written ./{value}")
+        return value
 
 
 class EvaluationConfig(Section):
@@ -206,7 +246,9 @@ class LoggingConfig(Section):
     interval_steps: PositiveInt = 10
     tensorboard: bool = False
     wandb: WandbConfig | None = Field(None, description="offline when no API key is set")
-    peak_tflops_per_s: PositiveFloat | None = Field(None, description="dense peak of one device, for MFU; default: by name")
+    peak_tflops_per_s: PositiveFloat | None = Field(
+        None, description="dense peak of one device, for MFU; default: by name"
+    )
 
 
 class GrowthConfig(Section):
@@ -214,7 +256,8 @@ class GrowthConfig(Section):
 
     operator: Literal["stack"] = "stack"
     layers: str | tuple[NonNegativeInt, ...] | None = Field(
-        None, description="explicit source layer of each target layer, as a list or in the paper's notation (1-234*7-56)"
+        None,
+        description="explicit source layer of each target layer, as a list or in the paper's notation (1-234*7-56)",
     )
     optimizer_state: Literal["reset", "carry"] = "reset"
     schedule: Literal["restart", "continue"] = "restart"
@@ -223,7 +266,9 @@ class GrowthConfig(Section):
 class StageConfig(Section):
     """One stage, complete: top-level sections merged with the stage's own."""
 
-    name: str
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*$", description="letters, digits, - and _; not digits alone"
+    )
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -232,41 +277,45 @@ class StageConfig(Section):
     growth: GrowthConfig | None = None
 
     @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        tensor, model = self.parallel.tensor_parallel_size, self.model
-        for name, value in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("num_query_groups", model.query_groups),
-            ("ffn_hidden_size", model.ffn_hidden_size),
-            ("the padded vocabulary", model.padded_vocab_size),
-        ):
-            if value % tensor:
-                raise ValueError(
-                    f"{name} ({value}) is not a multiple of tensor_parallel_size {tensor}; "
-                    f"allowed tensor_parallel_size: divisors of {value}"
-                )
-        if self.parallel.sequence_parallel and model.sequence_length % tensor:
-            raise ValueError(
-                f"sequence_length {model.sequence_length} is not a multiple of tensor_parallel_size {tensor}, "
-                "which sequence_parallel needs"
-            )
-        stages = self.parallel.pipeline_parallel_size * self.parallel.chunks
-        if model.num_layers % stages:
-            raise ValueError(
-                f"num_layers {model.num_layers} is not a multiple of pipeline_parallel_size "
-                f"{self.parallel.pipeline_parallel_size} x virtual_pipeline_parallel_size {self.parallel.chunks} "
-                f"= {stages}; use a multiple of {stages} layers or fewer pipeline stages"
-            )
-        if self.training.global_batch_size % self.training.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.training.micro_batch_size}"
-            )
-        if self.schedule.warmup_steps > self.num_steps:
-            raise ValueError(
-                f"warmup_steps {self.schedule.warmup_steps} is longer than the stage ({self.num_steps} steps); shorten it"
-            )
+    def _fits_together(self) -> Self:
+        refuse([*self._tensor_problems(), *self._pipeline_problems(), *self._length_problems()])
         return self
+
+    def _tensor_problems(self) -> list[tuple[str, str]]:
+        tensor, model = self.parallel.tensor_parallel_size, self.model
+        sizes = {
+            "num_attention_heads": model.num_attention_heads,
+            "num_query_groups": model.query_groups,
+            "ffn_hidden_size": model.ffn_hidden_size,
+            "padded vocabulary": model.padded_vocab_size,
+        }
+        if self.parallel.sequence_parallel:
+            sizes["sequence_length"] = model.sequence_length
+        wrong = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor)
+        if not wrong:
+            return []
+        text = f"{tensor} does not divide {wrong}; allowed: {divisors(*sizes.values())}"
+        return [("parallel.tensor_parallel_size", text)]
+
+    def _pipeline_problems(self) -> list[tuple[str, str]]:
+        pipeline, chunks, layers = self.parallel.pipeline_parallel_size, self.parallel.chunks, self.model.num_layers
+        if layers % (pipeline * chunks) == 0:
+            return []
+        stages = f"pipeline_parallel_size {pipeline}"
+        if chunks > 1:
+            stages += f" x virtual_pipeline_parallel_size {chunks} = {pipeline * chunks}"
+        text = f"num_layers {layers} is not a multiple of {stages}; allowed: a product out of {divisors(layers)}"
+        return [("parallel.pipeline_parallel_size", f"{text}; or change num_layers")]
+
+    def _length_problems(self) -> list[tuple[str, str]]:
+        problems, training, schedule = [], self.training, self.schedule
+        if training.global_batch_size % training.micro_batch_size:
+            text = f"{training.micro_batch_size} does not divide global_batch_size {training.global_batch_size}"
+            problems.append(("training.micro_batch_size", f"{text}; allowed: {divisors(training.global_batch_size)}"))
+        if schedule.warmup_steps > self.num_steps:
+            text = f"{schedule.warmup_steps} is longer than the stage ({self.num_steps} steps); shorten it"
+            problems.append(("schedule.warmup_steps", text))
+        return problems
 
     @property
     def tokens_per_step(self) -> int:
@@ -300,17 +349,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _chain(self) -> Self:
-        first = self.stages[0]
+        first, problems = self.stages[0], []
         if first.growth is not None:
-            raise ValueError("the first stage has nothing to grow from; remove its growth section")
+            problems.append(("stages.0.growth", "the first stage has nothing to grow from; remove its growth"))
         names = [stage.name for stage in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError(f"stage names must differ, got {names}")
-        for stage in self.stages:
-            for name in ("sequence_length", "vocab_size", "vocab_multiple"):
-                here, there = getattr(stage.model, name), getattr(first.model, name)
+        for index, stage in enumerate(self.stages):
+            if stage.name in names[:index]:
+                text = f"{stage.name} is the name of an earlier stage; give each stage its own"
+                problems.append((f"stages.{index}.name", text))
+            for key in ("sequence_length", "vocab_size", "vocab_multiple"):
+                here, there = getattr(stage.model, key), getattr(first.model, key)
                 if here != there:
-                    raise ValueError(f"stage {stage.name}: {name} {here} differs from the first stage's {there}")
+                    text = f"{here} differs from the first stage's {there}; set it once, at the top level"
+                    problems.append((f"stages.{index}.model.{key}", text))
+        refuse(problems)
         return self
 
     def stage_of_step(self, step: int) -> tuple[int, int]:

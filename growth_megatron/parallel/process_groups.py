@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from growth_megatron.config.schema import ParallelConfig
 from growth_megatron.parallel.cpu_adapter import adapt_megatron_to_cpu
 from growth_megatron.parallel.megatron_fixes import fix_megatron
+
+T = TypeVar("T")
 
 
 def world_size_from_environment() -> int:
@@ -77,25 +80,43 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """``value`` of rank ``source``, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
-
-
-def on_rank_zero(function: Any) -> Any:
-    """Run ``function`` on rank 0 and give its result, or its exception, to every rank.
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Run ``function`` on rank 0 and give its result, or its error, to every rank.
 
     All ranks must call it. An error on rank 0 is raised everywhere, so nobody waits in a later collective.
     """
-    outcome: tuple[str, Any] = ("", None)
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        try:
-            outcome = ("value", function())
-        except Exception as error:  # handed on to all ranks, which raise it
-            outcome = ("error", error)
-    kind, value = broadcast_object(outcome)
-    if kind == "error":
-        raise value
+        outcome = _outcome(function)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def on_all_ranks(function: Callable[[], T]) -> T:
+    """Run ``function`` on every rank; if it fails on any, every rank raises the error of the lowest that failed.
+
+    For work without collectives that can fail on one node alone, as reading its files can.
+    """
+    value, error = _outcome(function)
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for failed in errors:
+        if failed is not None:
+            raise failed
     return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank."""
+    tensor = torch.tensor([float(flag)], device=torch.cuda.current_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item() > 0)
+
+
+def _outcome(function: Callable[[], Any]) -> list[Any]:
+    try:
+        return [function(), None]
+    except Exception as error:  # handed on to all ranks, which raise it
+        return [None, error]

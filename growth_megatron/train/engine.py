@@ -110,10 +110,10 @@ class Engine:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(batches, forward_only=False)
+        sums = self._run(batches, forward_only=False)
         self.set_optimizer_settings(learning_rate)
         _, grad_norm, _ = self.optimizer.step()
-        loss, stop = _world_mean_loss(losses, stop_requested)
+        loss, stop = _world_mean_loss(sums, stop_requested)
         return StepResult(loss, float(grad_norm or 0.0), stop)
 
     @torch.no_grad()
@@ -121,10 +121,11 @@ class Engine:
         """Mean loss (nats per token) of this rank's micro-batches and those of all data-parallel peers."""
         for model in self.models:
             model.eval()
-        losses = self._run(batches, forward_only=True)
+        with self.gathered_parameters():
+            sums = self._run(batches, forward_only=True)
         for model in self.models:
             model.train()
-        return _world_mean_loss(losses, stop_requested)
+        return _world_mean_loss(sums, stop_requested)
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
@@ -149,7 +150,7 @@ class Engine:
             micro_batch_size=self.stage.training.micro_batch_size,
             forward_only=forward_only,
         )
-        return [output["loss"] for output in outputs]  # empty except on the last pipeline stage
+        return [output["sums"] for output in outputs]  # empty except on the last pipeline stage
 
 
 def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -159,17 +160,18 @@ def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, 
 
 
 def _loss(mask: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over the micro-batch's tokens; losses ``[b, s]``."""
-    loss = (token_losses.float() * mask).sum() / mask.sum()
-    return loss, {"loss": loss.detach().clone()}  # the schedule divides the first one in place
+    """Mean over the micro-batch's tokens, and their sum and number for the report; losses ``[b, s]``."""
+    total, tokens = (token_losses.float() * mask).sum(), mask.sum()
+    report = torch.stack([total.detach(), tokens])
+    return total / tokens.clamp(min=1.0), {"sums": report}
 
 
-def _world_mean_loss(losses: Sequence[torch.Tensor], stop_requested: bool) -> tuple[float, bool]:
-    """Mean loss over micro-batches and data-parallel ranks, and whether any rank wants to stop, in one reduction."""
-    packed = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
-        packed[0] = torch.stack([loss.double() for loss in losses]).mean()
-        packed[0] /= parallel_state.get_data_parallel_world_size()
-    packed[1] = float(stop_requested)
+def _world_mean_loss(sums: Sequence[torch.Tensor], stop_requested: bool) -> tuple[float, bool]:
+    """Mean loss over all tokens of the world, and whether any rank wants to stop, in one reduction."""
+    packed = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
+        packed[:2] = torch.stack([pair.double() for pair in sums]).sum(dim=0)
+    packed[2] = float(stop_requested)
     dist.all_reduce(packed)
-    return float(packed[0]), bool(packed[1] > 0)
+    total, tokens, stop = packed.tolist()
+    return total / tokens, stop > 0

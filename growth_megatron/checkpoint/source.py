@@ -1,0 +1,318 @@
+"""Checkpoints as sources of global tensors, read without a model and without a process group.
+
+Owns: the ``TensorSource`` protocol, and ``DistCheckpoint``, which reads any region of any tensor of a torch_dist
+checkpoint straight from its data files.
+Does not own: writing, and loading into a live model (``checkpoint.sharded``).
+
+Nothing here unpickles freely: ``.metadata`` (a pickle by design of torch DCP) goes through an unpickler that knows the
+classes of that file and no others, everything else through ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from growth_megatron.errors import CheckpointError
+from growth_megatron.model.geometry import LAYER_PREFIX
+
+METADATA_NAME = ".metadata"
+COMMON_NAME = "common.pt"
+
+Region = tuple[slice, ...]
+"""One slice with explicit bounds and step 1 per axis."""
+
+_DCP = "torch.distributed.checkpoint."
+_METADATA_CLASSES = {
+    f"{_DCP}metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_DCP}filesystem": {"_StorageInfo", "_StoragePrefix"},
+    f"{_DCP}planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
+    # Placeholders that megatron-core 0.14 and 0.15 left in the file.
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+_LAYER_KEY = re.compile(r"decoder\.layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Global shape and element type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorSource(Protocol):
+    """Names global tensors and reads any region of one, lazily."""
+
+    def keys(self) -> list[str]: ...
+
+    def spec(self, key: str) -> TensorSpec: ...
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """The values of ``region`` of a tensor, in its stored type, on the CPU."""
+        ...
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a shown tensor lies: a stored key, and which layer of it if layers are its first axis."""
+
+    key: str
+    entry: TensorStorageMetadata
+    layer: int | None = None
+
+
+class DistCheckpoint:
+    """A torch_dist checkpoint as a ``TensorSource``, with one key per layer whichever way it was written.
+
+    megatron-core's default form stacks the layers of a tensor along a first axis, under a key without the layer's
+    number; such a tensor shows here as one tensor per layer, like the ``non_homogeneous_layers`` form has it.
+
+    Raises:
+        CheckpointError: from the constructor, if ``.metadata`` is missing, damaged or holds foreign classes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metadata = read_metadata(self.path)
+        self._tensors: dict[str, _Stored] = {}
+        for key, stored in self.metadata.state_dict_metadata.items():
+            if not isinstance(stored, TensorStorageMetadata):
+                continue
+            if is_stacked(key):
+                for layer in range(stored.size[0]):
+                    shown = key.replace(LAYER_PREFIX, f"{LAYER_PREFIX}{layer}.", 1)
+                    self._tensors[shown] = _Stored(key, stored, layer)
+            else:
+                self._tensors[key] = _Stored(key, stored)
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def object_keys(self) -> list[str]:
+        """Names of the stored byte objects, as stored."""
+        stored = self.metadata.state_dict_metadata
+        return [key for key, value in stored.items() if isinstance(value, BytesStorageMetadata)]
+
+    def spec(self, key: str) -> TensorSpec:
+        stored = self._locate(key)
+        shape = tuple(stored.entry.size) if stored.layer is None else tuple(stored.entry.size[1:])
+        return TensorSpec(shape, stored.entry.properties.dtype)
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """``region`` of a tensor (default: all of it), one stored chunk in memory at a time.
+
+        Raises:
+            CheckpointError: no such tensor, a region outside it, or data that is missing or damaged.
+        """
+        spec = self.spec(key)
+        region = whole(spec.shape) if region is None else region
+        check_region(key, spec.shape, region)
+        stored = self._locate(key)
+        within = region if stored.layer is None else (slice(stored.layer, stored.layer + 1), *region)
+        out = torch.empty([part.stop - part.start for part in within], dtype=spec.dtype)
+        filled = 0
+        for chunk in stored.entry.chunks:
+            overlap = [
+                (max(part.start, offset), min(part.stop, offset + size))
+                for part, offset, size in zip(within, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(stop <= start for start, stop in overlap):
+                continue
+            data = self._chunk(stored.key, chunk.offsets, chunk.sizes)
+            here = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
+            there = tuple(slice(a - part.start, b - part.start) for (a, b), part in zip(overlap, within, strict=True))
+            out[there].copy_(data[here])
+            filled += out[there].numel()
+        if filled != out.numel():
+            raise CheckpointError(f"{self.path}: {key} is stored with holes or overlaps; the checkpoint is damaged")
+        return out if stored.layer is None else out[0]
+
+    def read_object(self, key: str) -> bytes:
+        """A stored byte object, as it lies in the file."""
+        if not isinstance(self.metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+            raise CheckpointError(f"{self.path} holds no object {key}")
+        info = self._storage(MetadataIndex(key))
+        with self._open(info) as file:
+            return file.read()
+
+    def _locate(self, key: str) -> _Stored:
+        try:
+            return self._tensors[key]
+        except KeyError:
+            raise CheckpointError(f"{self.path} holds no tensor {key}; its keys: growth-megatron inspect") from None
+
+    def _storage(self, index: MetadataIndex) -> _StorageInfo:
+        info = (self.metadata.storage_data or {}).get(index)
+        if info is None:
+            raise CheckpointError(f"{self.path}: {METADATA_NAME} does not say where {index.fqn} {index.offset} lies")
+        return info
+
+    def _open(self, info: _StorageInfo) -> IO[bytes]:
+        relative = PurePosixPath(info.relative_path)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"{self.path / METADATA_NAME} names {relative}, outside of it; do not trust it")
+        path = self.path / relative
+        try:
+            return io.BufferedReader(_FileSlice(path, info.offset, info.length))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+    def _chunk(self, key: str, offsets: torch.Size, sizes: torch.Size) -> torch.Tensor:
+        info = self._storage(MetadataIndex(key, offsets))
+        try:
+            with self._open(info) as file:
+                data = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{self.path / info.relative_path}: {key} at byte {info.offset} is damaged ({reason})"
+            ) from None
+        if not isinstance(data, torch.Tensor) or data.shape != sizes:
+            raise CheckpointError(f"{self.path / info.relative_path}: {key} at byte {info.offset} is not of {sizes}")
+        return data.detach()
+
+
+def is_stacked(key: str) -> bool:
+    """Whether a stored key is of megatron-core's form with the layers along the first axis."""
+    return LAYER_PREFIX in key and _LAYER_KEY.search(key) is None
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """torch DCP's ``.metadata`` of a checkpoint, by an unpickler that knows only the classes of that file.
+
+    Raises:
+        CheckpointError: missing, damaged, or naming anything else.
+    """
+    path = checkpoint / METADATA_NAME
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is missing; {checkpoint} is not a torch_dist checkpoint") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+    return metadata
+
+
+def read_common(checkpoint: Path) -> dict[str, Any]:
+    """``common.pt``: what is not sharded, such as the optimizer's step and parameter groups.
+
+    Raises:
+        CheckpointError: missing, damaged, or holding classes outside megatron-core's list of safe ones.
+    """
+    path = checkpoint / COMMON_NAME
+    try:
+        try:
+            common = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            # Megatron-LM puts its arguments in; importing the list of their classes takes seconds.
+            from megatron.core.safe_globals import SAFE_GLOBALS
+
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                common = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {checkpoint} is not a complete checkpoint") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be loaded safely ({reason})") from None
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{path} holds a {type(common).__name__}, not a dictionary")
+    return common
+
+
+def check_region(key: str, shape: tuple[int, ...], region: Region) -> None:
+    """Raises CheckpointError unless ``region`` lies within ``shape``, with explicit bounds and step 1."""
+    fits = len(region) == len(shape) and all(
+        part.step in (None, 1)
+        and part.start is not None
+        and part.stop is not None
+        and 0 <= part.start <= part.stop <= size
+        for part, size in zip(region, shape, strict=False)
+    )
+    if not fits:
+        raise CheckpointError(f"{key} has shape {shape}; the region {region} is not within it")
+
+
+class _FileSlice(io.RawIOBase):
+    """Some bytes in the middle of a file, as a file: a chunk is read without a second copy of it in memory."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        super().__init__()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._offset, self._length, self._position = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + position)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = min(len(view), max(0, self._length - self._position))
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(view[:wanted]) or 0
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch":
+            value = getattr(torch, name, None)
+            if name == "Size" or isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+                return value
+        elif name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise CheckpointError(f"refers to {module}.{name}, which is no checkpoint metadata; do not trust it")

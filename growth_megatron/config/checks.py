@@ -1,0 +1,111 @@
+"""Rules that span stages, or that need the world size.
+
+Owns: whether a stage can come out of the one before it, and whether a world size fits a stage's layout.
+Does not own: rules within one stage (``config.schema``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from growth_megatron.config.layers import resolve_layers
+from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.errors import ConfigError
+
+# What a stack leaves as it is: everything of a geometry but the depth.
+_STACK_KEEPS = {
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "query_groups",
+    "head_dim": "kv_channels",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "tie_embeddings": "tie_embeddings",
+    "rope_base": "rope_base",
+    "norm_epsilon": "norm_epsilon",
+}
+
+
+def growth_problems(stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
+    """All ``(dotted key, what is wrong)`` of growths that cannot turn one stage's model into the next one's."""
+    problems: list[tuple[str, str]] = []
+    for index in range(1, len(stages)):
+        source, target = stages[index - 1], stages[index]
+        where = f"stages.{index}"
+        for key, attribute in _STACK_KEEPS.items():
+            before, here = getattr(source.model, attribute), getattr(target.model, attribute)
+            if before != here:
+                text = f"{here} differs from {before} of stage {source.name}; stacking changes num_layers alone"
+                problems.append((f"{where}.model.{key}", f"{text}, so keep {before}"))
+        layers = target.growth.layers if target.growth else None
+        try:
+            resolve_layers(layers, source.model.num_layers, target.model.num_layers)
+        except ConfigError as error:
+            key = f"{where}.model.num_layers" if layers is None else f"{where}.growth.layers"
+            text = f"growing from stage {source.name} to {target.name}: {error}"
+            if layers is None:
+                text += "; to drop layers, list those to keep in growth.layers"
+            problems.append((key, text))
+    return problems
+
+
+def check_growth_chain(config: RunConfig) -> None:
+    """Raise ConfigError unless each stage's model can come out of the previous one by its growth operator."""
+    problems = growth_problems(config.stages)
+    if problems:
+        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
+
+
+def check_world_size(config: RunConfig, stage_index: int, world_size: int) -> None:
+    """Raise ConfigError unless stage ``stage_index`` can run on ``world_size`` ranks. Needs no process group.
+
+    The world size must be a multiple of tensor x pipeline size and match data_parallel_size if that is given; the
+    global batch must divide into micro-batches over the data-parallel ranks; megatron-core's interleaved schedule
+    also needs the number of micro-batches to be a multiple of the pipeline size.
+    """
+    stage = config.stages[stage_index]
+    parallel, size = stage.parallel, stage.parallel.model_parallel_size
+    where = f"stage {stage.name}"
+    degrees = (
+        f"tensor_parallel_size {parallel.tensor_parallel_size} x pipeline_parallel_size "
+        f"{parallel.pipeline_parallel_size} = {size}"
+    )
+    if world_size < 1 or world_size % size:
+        near = _nearest_multiples(world_size, size)
+        raise ConfigError(
+            f"{where}: world size {world_size} is not a multiple of {degrees}; start {near} ranks, or change "
+            "parallel.tensor_parallel_size or parallel.pipeline_parallel_size"
+        )
+    data_parallel_size = world_size // size
+    wanted = parallel.data_parallel_size
+    if wanted is not None and wanted != data_parallel_size:
+        raise ConfigError(
+            f"{where}: parallel.data_parallel_size is {wanted}, but world size {world_size} / ({degrees}) gives "
+            f"{data_parallel_size}; start {wanted * size} ranks, or set it to {data_parallel_size} or leave it out"
+        )
+    problems = _batch_problems(stage, data_parallel_size)
+    if problems:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def _batch_problems(stage: StageConfig, data_parallel_size: int) -> list[str]:
+    batch, micro = stage.training.global_batch_size, stage.training.micro_batch_size
+    pipeline = stage.parallel.pipeline_parallel_size
+    unit = micro * data_parallel_size
+    if batch % unit:
+        return [
+            f"training.global_batch_size {batch} is not a multiple of micro_batch_size {micro} x data-parallel size "
+            f"{data_parallel_size} = {unit}; set it to {_nearest_multiples(batch, unit)}"
+        ]
+    micro_batches = batch // unit
+    if stage.parallel.chunks > 1 and micro_batches % pipeline:
+        return [
+            f"training.global_batch_size {batch} gives {micro_batches} micro-batches per step, but a virtual pipeline "
+            f"needs a multiple of pipeline_parallel_size {pipeline}; set it to "
+            f"{_nearest_multiples(batch, unit * pipeline)}, or remove virtual_pipeline_parallel_size"
+        ]
+    return []
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below > 0 else str(unit)

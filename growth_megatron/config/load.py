@@ -1,0 +1,202 @@
+"""From a YAML file and command-line changes to a checked ``RunConfig``.
+
+Owns: includes (``base:``), the order of precedence, merging the top level into each stage, reporting all errors at
+once.
+Does not own: syntax (``config.document``, ``config.overrides``), rules (``config.schema``, ``config.checks``), words
+(``config.messages``).
+
+Precedence, later wins: the files of ``base:`` in their order, the file itself, overrides. A stage's own sections win
+over the top level, whichever layer either comes from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from growth_megatron.config.checks import check_growth_chain, check_world_size, growth_problems
+from growth_megatron.config.document import Node, dump, merge, read
+from growth_megatron.config.messages import STAGE_SECTIONS, Problem, from_validation, locate, render
+from growth_megatron.config.overrides import PLACE, Override, apply_overrides
+from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.errors import ConfigError
+
+__all__ = ["LoadedConfig", "check_growth_chain", "check_world_size", "config_hash", "load_config"]
+
+DEFAULT_STAGE = "main"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid configuration, the YAML that gives it, and its hash."""
+
+    config: RunConfig
+    text: str
+    """Effective YAML: the file verbatim, or with includes and overrides merged in and comments carried along."""
+    hash: str
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read, merge and validate a run's configuration.
+
+    Args:
+        path: YAML file; its ``base:`` names files relative to itself.
+        overrides: ``a.b=c``, values in YAML; stages by name or index (``stages.0.training.steps=5``).
+
+    Raises:
+        ConfigError: everything that is wrong, one ``file:line: section.key: ...`` a line.
+    """
+    path = Path(path)
+    written, text = _read(path)
+    included = "base" in written.value
+    root, changes = apply_overrides(_with_bases(path, written, (path,)), overrides)
+    effective = _expand(root)
+    config, problems = _validate(effective)
+    problems += _without_effect(effective, changes)
+    if config is None or problems:
+        raise ConfigError(render(problems))
+    return LoadedConfig(config, dump(root) if included or changes else text, config_hash(config))
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of the effective configuration, defaults included; the same however it was written down."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read(path: Path, mentioned: str = "") -> tuple[Node, str]:
+    """``document.read``, with a hint on the name; ``mentioned`` is the place of the ``base:`` that names the file."""
+    if path.is_file():
+        return read(path)
+    prefix = f"{mentioned}: base: " if mentioned else ""
+    if path.is_dir():
+        raise ConfigError(f"{prefix}{path}: is a folder; give a YAML file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{prefix}{path}: no such file, nor folder {path.parent}; give the path of a YAML file")
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    close = difflib.get_close_matches(path.name, names, 1)
+    hint = f"did you mean {path.parent / close[0]}?" if close else "give the path of a YAML file"
+    raise ConfigError(f"{prefix}{path}: no such file; {hint}")
+
+
+def _with_bases(path: Path, node: Node, chain: tuple[Path, ...]) -> Node:
+    """``node`` over the files of its ``base:``, recursively."""
+    own = replace(node, value={key: child for key, child in node.value.items() if key != "base"})
+    base = node.child("base")
+    if base is None or base.value is None:
+        return own
+    entries = base.value if isinstance(base.value, list) else [base]
+    merged: Node | None = None
+    for entry in entries:
+        if not isinstance(entry.value, str):
+            raise ConfigError(f"{entry.place}: base: must be a file or a list of files, relative to this file")
+        target = Path(os.path.normpath(path.parent / entry.value))
+        resolved = [item.resolve() for item in chain]
+        if target.resolve() in resolved:
+            circle = " -> ".join(map(str, (*chain[resolved.index(target.resolve()) :], target)))
+            raise ConfigError(f"{entry.place}: base: files include each other: {circle}; remove one of these includes")
+        below = _with_bases(target, _read(target, entry.place)[0], (*chain, target))
+        merged = below if merged is None else merge(merged, below)
+    return _with_header(base, own if merged is None else merge(merged, own))
+
+
+def _with_header(base: Node, merged: Node) -> Node:
+    """The comments above ``base:``, most often the file's header, moved to what is now the first section."""
+    content = dict(merged.value)
+    for key, node in content.items():
+        content[key] = replace(node, above=(*base.above, *(("",) if base.above and node.above else ()), *node.above))
+        break
+    return replace(merged, value=content)
+
+
+def _expand(root: Node) -> Node:
+    """A tree in the shape of RunConfig: the top level's stage sections merged into each stage."""
+    shared = {key: root.value[key] for key in STAGE_SECTIONS if key in root.value}
+    content = {
+        key: node
+        for key, node in root.value.items()
+        if key not in STAGE_SECTIONS and (node.value is not None or key not in RunConfig.model_fields)
+    }
+    stages = content.get("stages")
+    if stages is None:
+        only = Node({"name": Node(DEFAULT_STAGE, root.place, "name"), **_present(shared)}, root.place)
+        content["stages"] = Node([only], root.place)
+    elif isinstance(stages.value, list):
+        expanded = [_expand_stage(stage, index, shared) for index, stage in enumerate(stages.value)]
+        content["stages"] = replace(stages, value=expanded)
+    return replace(root, value=content)
+
+
+def _expand_stage(stage: Node, index: int, shared: dict[str, Node]) -> Node:
+    if not isinstance(stage.value, dict):
+        return stage
+    content = _present(dict(stage.value))
+    for key, below in shared.items():
+        content[key] = merge(below, content[key], key) if key in content else below
+    if index > 0 and "growth" not in content:
+        content["growth"] = Node({}, stage.place, f"{stage.path}.growth")
+    if isinstance(content.get("growth"), Node) and content["growth"].value == {}:
+        operator = Node("stack", stage.place, f"{stage.path}.growth.operator")
+        content["growth"] = replace(content["growth"], value={"operator": operator})
+    return replace(stage, value=_present(content))
+
+
+def _present(content: dict[str, Node]) -> dict[str, Node]:
+    """Without sections that were left empty."""
+    return {
+        key: node for key, node in content.items() if node.value is not None or key not in (*STAGE_SECTIONS, "growth")
+    }
+
+
+def _validate(effective: Node) -> tuple[RunConfig | None, list[Problem]]:
+    config: RunConfig | None = None
+    problems: list[Problem] = []
+    data: dict[str, Any] = effective.plain()
+    try:
+        config = RunConfig.model_validate(data)
+        stages: Sequence[StageConfig] = config.stages
+    except ValidationError as error:
+        problems = from_validation(error.errors(), effective)
+        stages = _valid_stages(data)
+    for key, text in growth_problems(stages):
+        node, path = locate(effective, [int(part) if part.isdigit() else part for part in key.split(".")])
+        problems.append(Problem(node.place, path, text))
+    return config, problems
+
+
+def _valid_stages(data: dict[str, Any]) -> list[StageConfig]:
+    """All stages if each is valid by itself, so that faults elsewhere do not hide faults of the chain; else none."""
+    try:
+        return [StageConfig.model_validate(stage) for stage in data["stages"]]
+    except (ValidationError, TypeError):
+        return []
+
+
+def _without_effect(effective: Node, changes: Sequence[Override]) -> list[Problem]:
+    """Overrides of the top level that every stage overrules."""
+    problems = []
+    for change in changes:
+        stages = effective.value["stages"].value
+        if change.keys[0] not in STAGE_SECTIONS or isinstance(change.node.value, dict) or not isinstance(stages, list):
+            continue
+        path = ".".join(change.keys)
+        if not any(_written_at(stage, path) for stage in stages):
+            names = [stage.path for stage in stages]
+            text = f"has no effect, every stage sets it or its alternative; write {names[0]}.{path}=..."
+            problems.append(Problem(PLACE, path, text))
+    return problems
+
+
+def _written_at(node: Node, path: str) -> bool:
+    if node.place == PLACE and node.path == path:
+        return True
+    below = node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
+    return any(_written_at(child, path) for child in below)

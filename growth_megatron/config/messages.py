@@ -1,0 +1,247 @@
+"""What a user reads when a configuration is wrong.
+
+Owns: turning validation errors into ``file:line: section.key: what is wrong, what is allowed, what to do``.
+Does not own: the rules (``config.schema``, ``config.checks``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from growth_megatron.config.document import Node
+from growth_megatron.config.schema import RunConfig
+
+STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training")
+TOP_LEVEL = (
+    "base", "run", "model", "parallel", "data", "optimizer", "schedule", "training",
+    "checkpoint", "evaluation", "logging", "stages",
+)  # fmt: skip
+
+# Names of other tools that no spelling distance would find.
+_SYNONYMS = {
+    "lr": "learning_rate", "max_lr": "learning_rate", "min_lr": "min_learning_rate", "eps": "epsilon",
+    "adam_beta1": "beta1", "adam_beta2": "beta2", "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
+    "dim": "hidden_size", "d_model": "hidden_size", "n_embd": "hidden_size", "n_layers": "num_layers",
+    "n_layer": "num_layers", "num_hidden_layers": "num_layers", "n_heads": "num_attention_heads",
+    "n_head": "num_attention_heads", "num_key_value_heads": "num_query_groups", "n_kv_heads": "num_query_groups",
+    "kv_channels": "head_dim", "intermediate_size": "ffn_hidden_size", "rms_norm_eps": "norm_epsilon",
+    "layernorm_epsilon": "norm_epsilon", "rope_theta": "rope_base", "rotary_base": "rope_base",
+    "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std", "init_method_std": "init_std",
+    "seq_length": "sequence_length", "seq_len": "sequence_length", "max_position_embeddings": "sequence_length",
+    "max_steps": "steps", "train_iters": "steps", "batch_size": "global_batch_size", "dtype": "precision",
+    "tensor_model_parallel_size": "tensor_parallel_size", "tp": "tensor_parallel_size",
+    "pipeline_model_parallel_size": "pipeline_parallel_size", "pp": "pipeline_parallel_size",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_parallel_size", "dp": "data_parallel_size",
+    "save_interval": "interval_steps", "log_interval": "interval_steps", "eval_interval": "interval_steps",
+}  # fmt: skip
+
+
+_EXPONENTS = {"k": 3, "m": 6, "b": 9, "t": 12}
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One line of a ConfigError."""
+
+    place: str
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.path}: {self.text}" if self.path else f"{self.place}: {self.text}"
+
+
+def render(problems: Iterable[Problem]) -> str:
+    """All problems, each once, in the order of the files."""
+
+    def position(problem: Problem) -> tuple[str, int, str]:
+        name, _, line = problem.place.rpartition(":")
+        return (name, int(line), problem.path) if line.isdigit() else (problem.place, 0, problem.path)
+
+    return "\n".join(str(problem) for problem in sorted(set(problems), key=position))
+
+
+def locate(root: Node, keys: Sequence[str | int]) -> tuple[Node, str]:
+    """Nearest node on the way along ``keys``, and the dotted path that names the key to the user."""
+    node = root
+    for position, key in enumerate(keys):
+        below = node.child(key)
+        if below is None:
+            if not isinstance(node.value, dict):
+                return node, node.path  # the rest of the keys are members of a union, not of the file
+            if position == 2 and keys[0] == "stages" and key in STAGE_SECTIONS:
+                return root, ".".join(map(str, keys[2:]))
+            return node, ".".join([node.path, *map(str, keys[position:])]).strip(".")
+        node = below
+    return node, node.path
+
+
+def from_validation(errors: Sequence[ErrorDetails], root: Node) -> list[Problem]:
+    """Problems of pydantic's errors over the tree ``root``, which has the shape of a RunConfig."""
+    problems: list[Problem] = []
+    excused: set[str] = set()  # names that a misspelt key was meant to give
+    for error in (e for e in errors if e["type"] == "extra_forbidden"):
+        node, path = locate(root, error["loc"])
+        text, meant = _unknown(str(error["loc"][-1]), error["loc"][:-1])
+        excused.add(f"{path.rpartition('.')[0]}/{meant}")
+        problems.append(Problem(node.place, path, text))
+    for error in (e for e in errors if e["type"] != "extra_forbidden"):
+        keys = error["loc"]
+        node, path = locate(root, keys)
+        if error["type"] == "too_short" and node.value:
+            continue  # pydantic counts valid entries; the invalid ones have their own error
+        if error["type"] == "combination":
+            problems += _combination(root, keys, error["ctx"]["problems"])
+        elif error["type"] != "missing":
+            problems.append(Problem(node.place, path, _bad_value(node, error)))
+        elif f"{path.rpartition('.')[0]}/{keys[-1]}" not in excused:
+            problems.append(Problem(node.place, path, f"is required and missing; add it ({_describe(keys)})"))
+    return problems
+
+
+def _combination(root: Node, keys: tuple[str | int, ...], entries: Sequence[tuple[str, str]]) -> list[Problem]:
+    """Problems that a validator of several keys reports, each at the key it names."""
+    problems = []
+    for name, text in entries:
+        full = [*keys, *(int(key) if key.isdigit() else key for key in name.split(".") if key)]
+        node, path = locate(root, full)
+        problems.append(Problem(node.place, path, text))
+    return problems
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word that ``word`` was probably meant to be."""
+    allowed = list(allowed)
+    if _SYNONYMS.get(word.lower()) in allowed:
+        return _SYNONYMS[word.lower()]
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), allowed, 1, 0.6)
+    return close[0] if close else None
+
+
+def _unknown(key: str, parent: tuple[str | int, ...]) -> tuple[str, str | None]:
+    """Wording for an unknown key of ``parent``, and the key of ``parent`` that was probably meant."""
+    names = list(_resolved(parent).get("properties", {})) if parent else list(TOP_LEVEL)
+    if not parent and key == "growth":
+        return "belongs to a stage; write it in an entry of stages, from the second on", None
+    if key in TOP_LEVEL and len(parent) == 2 and parent[0] == "stages":
+        return f"is shared by all stages; move it to the top level (a stage may have {', '.join(names)})", None
+    meant = suggest(key, names)
+    homes = _homes().get(key)
+    if homes:
+        hint = f", or write {meant} if that was meant" if meant else ""
+        return f"unknown key here; it belongs to {' or '.join(homes)}, move it there{hint}", meant
+    elsewhere = suggest(key, _homes())
+    if meant is None and elsewhere is not None:
+        places = " or ".join(f"{home}.{elsewhere}" for home in _homes()[elsewhere])
+        return f"unknown key; did you mean {places}? Correct or remove it", None
+    hint = f"did you mean {meant}? " if meant else ""
+    return f"unknown key; {hint}allowed: {', '.join(names)}; correct or remove it", meant
+
+
+def _bad_value(node: Node, error: ErrorDetails) -> str:
+    value = node.plain()
+    schema = _resolved(error["loc"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if isinstance(value, dict | list) and len(str(value)) > 60:
+        shown = "a mapping" if isinstance(value, dict) else "a list"
+    else:
+        shown = "empty" if value is None or value == [] else repr(value)
+        shown = str(value).lower() if isinstance(value, bool) else shown
+    text = f"is {shown}; allowed: {_allowed(schema)}"
+    if schema.get("description") and "properties" not in schema:
+        text += f" ({schema['description']})"
+    if isinstance(value, str):
+        meant = suggest(value, [str(word) for word in schema.get("enum", ())])
+        number = re.fullmatch(r"([0-9.]+) ?([kmbt])", value.lower())
+        if meant:
+            text += f"; did you mean {meant}?"
+        elif number and schema.get("type") in ("integer", "number"):
+            text += f"; write {number[1]}e{_EXPONENTS[number[2]]}"
+    texts = [choice.get("type") == "string" for choice in (schema, *schema.get("anyOf", ()))]
+    if any(texts) and isinstance(value, int | float):
+        text += f"; put it in quotes: '{node.raw or value}'"
+    return text
+
+
+def _describe(keys: tuple[str | int, ...]) -> str:
+    schema = _resolved(keys)
+    needed = schema.get("required", ())
+    if "properties" in schema and needed:
+        return f"a section with at least {', '.join(needed)}"
+    return _allowed(schema) + (f"; {schema['description']}" if schema.get("description") else "")
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return RunConfig.model_json_schema()
+
+
+@cache
+def _homes() -> dict[str, list[str]]:
+    """Sections in which each key lives."""
+    homes: dict[str, list[str]] = {}
+    stage = _follow(_follow(_schema()["properties"]["stages"])["items"])["properties"]
+    for name, entry in {**_schema()["properties"], **stage}.items():
+        for key in _follow(entry).get("properties", {}):
+            homes.setdefault(key, []).append("growth of a stage" if name == "growth" else name)
+    return homes
+
+
+def _follow(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """``schema`` with its reference or its only non-null alternative put in its place."""
+    merged = dict(schema)
+    choices = [choice for choice in merged.get("anyOf", ()) if choice.get("type") != "null"]
+    if len(choices) == 1:
+        merged = {**choices[0], **{key: value for key, value in merged.items() if key != "anyOf"}}
+    reference = merged.pop("$ref", None)
+    if reference is None:
+        return merged
+    return {**_schema()["$defs"][reference.rsplit("/", 1)[-1]], **merged}
+
+
+def _resolved(keys: Sequence[str | int]) -> dict[str, Any]:
+    """JSON schema of the value at ``keys``; of the nearest value above where the keys lead into a union."""
+    here = _schema()
+    for key in keys:
+        if isinstance(key, int):
+            below = here.get("items")
+        else:
+            below = here.get("properties", {}).get(key)
+        if below is None:
+            return here
+        here = _follow(below)
+    return here
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "anyOf" in schema:
+        return " or ".join(_allowed(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
+    kind = schema.get("type", "")
+    if kind == "array":
+        least = f" with at least {schema['minItems']} entry" if schema.get("minItems") else ""
+        return f"a list{least}, each {_allowed(_follow(schema['items']))}" if "items" in schema else "a list"
+    if kind == "object":
+        return f"a mapping of keys ({', '.join(schema.get('properties', {}))})"
+    if kind == "string":
+        return "text, not empty" if schema.get("minLength") else "text"
+    if kind == "boolean":
+        return "true or false"
+    bounds = []
+    for key, words in (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"),
+                       ("exclusiveMaximum", "below")):  # fmt: skip
+        if key in schema:
+            bounds.append(f"{words} {schema[key]:g}")
+    name = {"integer": "an integer", "number": "a number"}.get(kind, "a value")
+    return " ".join([name, " and ".join(bounds)]).strip()

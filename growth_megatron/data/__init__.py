@@ -1,0 +1,1 @@
+"""Text to tokens to batches: tokenizer, preparation, indexed datasets, deterministic order, loader."""

@@ -1,0 +1,109 @@
+"""What a run's data are, in a few hashes that travel in its checkpoints.
+
+Owns: the fingerprint and the comparison of two.
+Does not own: where it is stored (``checkpoint``) and when it is asked for (``train``).
+
+Tokens are hashed by their size and evenly spread regions: cheap at any size, and what it could overlook, an edit of a
+few ids in place, is not how datasets change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.data.prepared import open_indexed, regions, suffixed
+from growth_megatron.data.tokenizer import tokenizer_sha256
+from growth_megatron.errors import DataError
+
+VERSION = 1
+INFORMATIVE = ("path", "version")  # kept for the reader: moving files does not change data
+
+
+def _digest(path: Path, *whole_bytes: int) -> str:
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    for part in regions(path, *whole_bytes):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def idx_digest(prefix: str | Path) -> str:
+    """Hash of ``PREFIX.idx``, all of it up to 1 GiB (50 million documents)."""
+    return _digest(suffixed(prefix, ".idx"), 1 << 30)
+
+
+def bin_digest(prefix: str | Path) -> str:
+    """Hash of the size and parts of ``PREFIX.bin``."""
+    return _digest(suffixed(prefix, ".bin"))
+
+
+def _dataset(entry: DatasetConfig) -> dict[str, Any]:
+    indexed = open_indexed(entry.path)
+    return {
+        "path": entry.path,
+        "weight": entry.weight,
+        "documents": len(indexed),
+        "tokens": int(indexed.sequence_lengths.sum()),
+        "idx_sha256": idx_digest(entry.path),
+        "bin_sha256": bin_digest(entry.path),
+    }
+
+
+def fingerprint(data: DataConfig, sequence_length: int, seed: int) -> dict[str, Any]:
+    """Everything the token stream and the validation set depend on, ready for JSON.
+
+    Raises: DataError where a file is missing or damaged.
+    """
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "sequence_length": sequence_length,
+        "tokenizer_sha256": tokenizer_sha256(data.tokenizer),
+        "validation_fraction": data.validation_fraction,
+        "train": [_dataset(entry) for entry in data.train],
+        "validation": [_dataset(entry) for entry in data.validation],
+    }
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of a fingerprint by dotted name: ``train[0].weight``."""
+    if isinstance(value, dict):
+        pairs = [(f"{name}.{key}" if name else key, entry) for key, entry in value.items() if key not in INFORMATIVE]
+    elif isinstance(value, list):
+        pairs = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+    else:
+        return {name: value}
+    return {key: leaf for pair in pairs for key, leaf in _flat(pair[1], pair[0]).items()}
+
+
+def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """One line for each value that differs; empty where both describe the same data. Paths are not compared."""
+    then, now = _flat(saved), _flat(current)
+
+    def shown(leaves: dict[str, Any], name: str) -> str:
+        if name not in leaves:
+            return "absent"
+        value = leaves[name]
+        return value[:12] if isinstance(value, str) else str(value)
+
+    names = [*then, *(name for name in now if name not in then)]
+    return [
+        f"data.{name}: {shown(then, name)} in the checkpoint, {shown(now, name)} now"
+        for name in names
+        if name not in then or name not in now or then[name] != now[name]
+    ]
+
+
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to go on with other data than the checkpoint was trained on.
+
+    Raises: DataError listing the differences.
+    """
+    if differences := fingerprint_differences(saved, current):
+        raise DataError(
+            "the data are not those the checkpoint was trained on:\n  "
+            + "\n  ".join(differences)
+            + "\nrestore the former data and settings, or start a new run (another run.directory)"
+        )

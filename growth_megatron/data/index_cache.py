@@ -1,0 +1,84 @@
+"""Arrays built once per file system and shared by every process that sees it.
+
+Owns: the lock, the rename, the mapping back into memory.
+Does not own: what is in the arrays (``dataset``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+
+from growth_megatron.errors import DataError
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold ``path`` locked where the file system can; the kernel frees the lock of a process that dies.
+
+    Without locks the processes build side by side. That costs time, never correctness: all build the same arrays, and
+    a rename puts a complete folder in place.
+    """
+    import fcntl
+
+    with open(path, "a") as stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _load(folder: Path) -> dict[str, numpy.ndarray] | None:
+    if not folder.is_dir():
+        return None
+    return {path.stem: numpy.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+
+def _store(folder: Path, arrays: dict[str, numpy.ndarray]) -> None:
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir()
+    try:
+        for name, array in arrays.items():
+            with open(partial / f"{name}.npy", "wb") as stream:
+                numpy.save(stream, array)
+                stream.flush()
+                os.fsync(stream.fileno())
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first, with the same arrays
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def cached_arrays(
+    directory: str | Path, key: str, build: Callable[[], dict[str, numpy.ndarray]]
+) -> dict[str, numpy.ndarray]:
+    """The arrays stored under ``key`` in ``directory``, memory-mapped; built and stored first where there are none.
+
+    Safe with any number of processes and hosts. ``key`` names the content: equal keys mean equal arrays.
+
+    Raises: DataError where the directory cannot be written or what it holds is damaged.
+    """
+    directory = Path(directory)
+    folder = directory / key
+    try:
+        if (arrays := _load(folder)) is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            with _locked(directory / f".{key}.lock"):
+                if (arrays := _load(folder)) is None:
+                    _store(folder, build())
+                    arrays = _load(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the sample index in {folder} cannot be used ({error}); remove that folder if it is damaged, or set "
+            "data.cache_directory to a folder that can be written"
+        ) from error
+    assert arrays is not None
+    return arrays

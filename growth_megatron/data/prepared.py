@@ -1,0 +1,169 @@
+"""A prepared dataset on disk: ``PREFIX.bin``, ``PREFIX.idx`` (Megatron's) and ``PREFIX.json`` (ours).
+
+Owns: reading and describing these files, and the checks that need nothing but them.
+Does not own: writing them (``prepare``), samples (``dataset``).
+
+Datasets that Megatron's own tools wrote have no ``PREFIX.json`` and are accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.data.tokenizer import Tokenizer
+from growth_megatron.errors import DataError
+
+FORMAT = 1
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+IDX_DTYPES: dict[int, type[numpy.generic]] = {4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
+REGIONS, REGION_BYTES = 64, 1 << 16  # what is read of a large file where all of it would take too long
+
+
+def suffixed(prefix: str | Path, suffix: str) -> Path:
+    """``PREFIX.bin`` and its like; unlike ``Path.with_suffix`` it keeps the dots of the prefix."""
+    return Path(f"{prefix}{suffix}")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``PREFIX.json`` says. It holds no time and no absolute path, so equal input gives an equal file."""
+
+    documents: int
+    tokens: int  # EOS included
+    vocab_size: int
+    tokenizer: str  # file name
+    tokenizer_sha256: str
+    dtype: str
+    text_bytes: int
+    empty_documents: int  # left out
+    sources: list[tuple[str, int]]  # path below the input, bytes on disk
+    format: int = FORMAT
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_description(prefix: str | Path) -> Description | None:
+    """The description beside ``prefix``, or None where there is none.  Raises: DataError where it is damaged."""
+    path = suffixed(prefix, ".json")
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise DataError(
+                f"{path} has format {values['format']}, this version reads {FORMAT}; prepare the data again"
+            )
+        return Description(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); prepare the data again with --overwrite") from error
+
+
+def open_indexed(prefix: str | Path) -> IndexedDataset:
+    """The memory-mapped dataset at ``prefix``.
+
+    Raises: DataError where a file is missing, is no Megatron index, or the two do not belong together.
+    """
+    missing = [str(suffixed(prefix, suffix)) for suffix in (".bin", ".idx") if not suffixed(prefix, suffix).is_file()]
+    if missing:
+        raise DataError(
+            f"dataset file {' and '.join(missing)} does not exist; prepare it with `growth-megatron prepare-data "
+            f"INPUT --tokenizer TOKENIZER --output {prefix}` or correct the path in data.train / data.validation"
+        )
+    idx = suffixed(prefix, ".idx")
+    with open(idx, "rb") as stream:
+        head = stream.read(IDX_HEADER.size)
+    if len(head) < IDX_HEADER.size or not head.startswith(IDX_MAGIC):
+        raise DataError(f"{idx} is not a Megatron index; prepare the data again with --overwrite")
+    _, _, code, sequences, bounds = IDX_HEADER.unpack(head)
+    if code not in IDX_DTYPES:
+        raise DataError(f"{idx} stores values of type {code}, not token ids (int32, int64 or uint16)")
+    if idx.stat().st_size < IDX_HEADER.size + sequences * 12 + bounds * 8:
+        raise DataError(f"{idx} is truncated; prepare the data again with --overwrite")
+    if sequences == 0 or suffixed(prefix, ".bin").stat().st_size == 0:
+        raise DataError(f"dataset {prefix} holds no documents; prepare it again from a corpus with text")
+    dataset = IndexedDataset(str(prefix))
+    expected = int(dataset.index.sequence_pointers[-1]) + int(dataset.sequence_lengths[-1]) * dataset.index.dtype_size
+    actual = suffixed(prefix, ".bin").stat().st_size
+    if actual != expected:
+        raise DataError(
+            f"{suffixed(prefix, '.bin')} has {actual} bytes where its .idx says {expected}: it is truncated or of "
+            "another preparation; prepare the data again with --overwrite"
+        )
+    return dataset
+
+
+def regions(path: Path, whole_bytes: int = REGIONS * REGION_BYTES) -> Iterator[bytes]:
+    """The whole of a file of up to ``whole_bytes``; of a larger one, evenly spread parts, first and last included."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        if size <= whole_bytes:
+            while part := stream.read(REGION_BYTES):
+                yield part
+            return
+        for index in range(REGIONS):
+            # A multiple of 8 keeps every region on whole token ids.
+            stream.seek((size - REGION_BYTES) * index // (REGIONS - 1) // 8 * 8)
+            yield stream.read(REGION_BYTES)
+        stream.seek(-8, os.SEEK_END)
+        yield stream.read(8)
+
+
+def largest_sampled_token(prefix: str | Path) -> int:
+    """Largest id in the sampled regions of ``PREFIX.bin``: a lower bound of the vocabulary it needs."""
+    dtype = numpy.dtype(open_indexed(prefix).index.dtype)
+    return max(
+        int(numpy.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype).max())
+        for part in regions(suffixed(prefix, ".bin"))
+        if len(part) >= dtype.itemsize
+    )
+
+
+def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    open_indexed(entry.path)
+    description = read_description(entry.path)
+    if description is None:
+        largest = largest_sampled_token(entry.path)
+        if largest >= vocab_size:
+            raise DataError(
+                f"dataset {entry.path} holds token {largest}, the model's vocab_size is {vocab_size}; "
+                f"set model.vocab_size to more than {largest} or prepare the data with the model's tokenizer"
+            )
+        return
+    if description.vocab_size > vocab_size:
+        raise DataError(
+            f"dataset {entry.path} was prepared with a vocabulary of {description.vocab_size}, the model's vocab_size "
+            f"is {vocab_size}; set model.vocab_size to {description.vocab_size} or prepare the data with a smaller "
+            "tokenizer"
+        )
+    if description.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"dataset {entry.path} was prepared with another tokenizer ({description.tokenizer}, sha256 "
+            f"{description.tokenizer_sha256[:12]}) than data.tokenizer ({tokenizer.path}, {tokenizer.sha256[:12]}); "
+            "correct data.tokenizer or prepare the data again with it"
+        )
+
+
+def check_data(data: DataConfig, vocab_size: int) -> None:
+    """Check all files of ``data`` against each other and the model's ``vocab_size``; reads little, needs no processes.
+
+    Raises: DataError naming the first thing that does not fit, and the remedy.
+    """
+    tokenizer = Tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocab_size is {vocab_size}; "
+            f"set model.vocab_size to {tokenizer.vocab_size} or use a smaller tokenizer"
+        )
+    for entry in (*data.train, *data.validation):
+        _check_one(entry, tokenizer, vocab_size)

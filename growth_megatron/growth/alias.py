@@ -1,0 +1,346 @@
+"""Growth without moving data: a new ``.metadata`` over hard links to the source's data files.
+
+Owns: the alias executor, for plans in which every target tensor is a whole source tensor (stacking and all other layer
+lists). Cost: some kilobytes and milliseconds, at any model size.
+Does not own: the plan (``growth.plan``), the commit (``checkpoint.commit``).
+
+In a torch_dist checkpoint ``.metadata`` maps (key, offset) to a slice of a data file. Several keys may name one slice,
+so a layer that is used four times is stored once. Removing the source harms nothing: the links keep the data alive.
+Moments that are reset point at tiny stored tensors with one zero and stride 0, which read as zeros of any shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+from growth_megatron.checkpoint.commit import begin_folder, commit_folder
+from growth_megatron.checkpoint.files import FileOperations
+from growth_megatron.checkpoint.manifest import (
+    MANIFEST_NAME,
+    GrowthRecord,
+    Manifest,
+    library_version,
+    read_manifest,
+    validate_checkpoint,
+)
+from growth_megatron.checkpoint.source import (
+    COMMON_NAME,
+    METADATA_NAME,
+    DistCheckpoint,
+    is_stacked,
+    read_common,
+)
+from growth_megatron.errors import CheckpointError, GrowthError
+from growth_megatron.growth.plan import (
+    MOMENT_PREFIXES,
+    GrowthPlan,
+    check_optimizer_state,
+    check_source_tensors,
+    split_state_key,
+)
+from growth_megatron.model.geometry import LAYER_PREFIX
+
+_LOG = logging.getLogger(__name__)
+_LAYER_OBJECT = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
+_STACKED_OBJECT = re.compile(
+    r"(?P<key>decoder\.layers\..*)/shard_(?P<layer>\d+)(?P<offset>[.\d]*)_\d+(?P<shape>[.\d]*)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthResult:
+    """What a growth cost. ``bytes_written`` includes ``bytes_copied``, which is 0 where links could be made."""
+
+    path: Path
+    manifest: Manifest
+    bytes_written: int
+    bytes_linked: int
+    bytes_copied: int
+    seconds: float
+
+
+def grow_checkpoint(
+    source: Path,
+    target: Path,
+    plan: GrowthPlan,
+    optimizer_state: str,
+    *,
+    seed: int = 0,
+    stage: int | None = None,
+    config_hash: str | None = None,
+    files: FileOperations | None = None,
+) -> GrowthResult:
+    """Write the checkpoint ``target`` that holds ``source`` grown by ``plan``; atomic, and safe to repeat after a kill.
+
+    Args:
+        optimizer_state: ``reset`` (moments zero, step 0) or ``carry`` (moments of each copied layer, step kept).
+        stage: index of the stage that goes on from the target; default: the one after the source's.
+        config_hash: of the configuration the growth is part of; default: the source's.
+
+    Raises:
+        CheckpointError: the source is not whole, or ``target`` exists.
+        GrowthError: the plan is not one of whole tensors, or does not fit the source. Nothing is written then.
+    """
+    started = time.perf_counter()
+    files = files or FileOperations()
+    policy = check_optimizer_state(optimizer_state)
+    manifest = _check(source, target, plan)
+    checkpoint = DistCheckpoint(source)
+    check_source_tensors(plan, checkpoint)
+    zeros = Zeros(taken=manifest.files)
+    metadata = grown_metadata(checkpoint.metadata, plan, zeros if policy == "reset" else None)
+    common = read_common(source)
+    if policy == "reset":
+        common = _with_step_zero(common)
+    data_names = {info.relative_path for info in metadata.storage_data.values()} - {zeros.name}
+    kept = {name: entry for name, entry in manifest.files.items() if name in data_names}
+    if unknown := sorted(data_names - kept.keys()):
+        raise CheckpointError(f"cannot grow {source}: its manifest does not list {unknown[0]}, which holds tensors")
+
+    folder = begin_folder(target, files)
+    was_copied = _link_or_copy(source, folder, kept, files)
+    if zeros.content:
+        files.write(folder / zeros.name, zeros.content)
+    for name in _other_files(manifest):
+        files.copy(source / name, folder / name)
+    files.write(folder / COMMON_NAME, _saved(common))
+    files.write(folder / METADATA_NAME, pickle.dumps(metadata))
+    grown = _grown_manifest(manifest, source, plan, policy, seed, stage, config_hash)
+    complete = commit_folder(target, grown, files, checksums=kept)
+
+    data_bytes = sum(entry.size_bytes for entry in kept.values())
+    linked = 0 if was_copied else data_bytes
+    written = complete.total_bytes - linked + (target / MANIFEST_NAME).stat().st_size
+    return GrowthResult(target, complete, written, linked, data_bytes - linked, time.perf_counter() - started)
+
+
+def grown_metadata(source: Metadata, plan: GrowthPlan, zeros: Zeros | None) -> Metadata:
+    """torch DCP metadata of the grown checkpoint: target keys over the source's stored chunks.
+
+    With ``zeros``, the moments point there instead.
+
+    Raises:
+        GrowthError: several layers are stored in one chunk.
+    """
+    layers = plan.layers if plan.layers is not None else tuple(range(plan.target_geometry.num_layers))
+    targets_of: dict[str, list[str]] = {}
+    for rule in plan.rules:
+        targets_of.setdefault(str(rule.source), []).append(rule.target)
+    grown = Metadata({}, None, {}, StorageMeta(), source.version)
+    for key, stored in source.state_dict_metadata.items():
+        if isinstance(stored, BytesStorageMetadata):
+            for name in _object_targets(key, layers):
+                grown.state_dict_metadata[name] = stored
+                grown.storage_data[MetadataIndex(name)] = source.storage_data[MetadataIndex(key)]
+        elif is_stacked(key):
+            _add_restacked(grown, source, key, layers)
+        else:
+            prefix, name = split_state_key(key)
+            for target in targets_of.get(name, ()):
+                _add_tensor(grown, source, key, prefix + target)
+    if zeros is not None:
+        _point_at_zeros(grown, zeros)
+    if source.planner_data:
+        grown.planner_data = {key: (key,) for key in grown.state_dict_metadata}
+    return grown
+
+
+class Zeros:
+    """Content of a data file of zero tensors, each one stored element with stride 0."""
+
+    def __init__(self, taken: Collection[str]) -> None:
+        """``taken``: file names of the source; an earlier growth may have left zeros of its own."""
+        names = ("zeros.distcp", *(f"zeros_{number}.distcp" for number in range(len(taken) + 1)))
+        self.name = next(name for name in names if name not in taken)
+        self._content = io.BytesIO()
+        self._slices: dict[tuple[torch.dtype, torch.Size], _StorageInfo] = {}
+
+    @property
+    def content(self) -> bytes:
+        return self._content.getvalue()
+
+    def slice_of(self, dtype: torch.dtype, sizes: torch.Size) -> _StorageInfo:
+        """Where a zero tensor of this type and shape lies."""
+        if (dtype, sizes) not in self._slices:
+            one = io.BytesIO()
+            torch.save(torch.zeros(1, dtype=dtype).as_strided(sizes, [0] * len(sizes)), one)
+            offset = self._content.tell()
+            self._content.write(one.getvalue())
+            self._slices[dtype, sizes] = _StorageInfo(self.name, offset, len(one.getvalue()))
+        return self._slices[dtype, sizes]
+
+
+def _add_tensor(grown: Metadata, source: Metadata, key: str, target: str) -> None:
+    stored = source.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    # The entry is a new one: megatron-core changes its size for a moment while loading.
+    grown.state_dict_metadata[target] = dataclasses.replace(stored)
+    for number, chunk in enumerate(stored.chunks):
+        index = MetadataIndex(target, chunk.offsets, number)
+        grown.storage_data[index] = source.storage_data[MetadataIndex(key, chunk.offsets)]
+
+
+def _add_restacked(grown: Metadata, source: Metadata, key: str, layers: tuple[int, ...]) -> None:
+    """The form with the layers along the first axis keeps it: layer j's chunks are those of layer ``layers[j]``."""
+    stored = source.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    if any(chunk.sizes[0] != 1 for chunk in stored.chunks):
+        raise GrowthError(
+            f"{key} is stored with several layers in one chunk, which cannot be shared layer by layer; save the source "
+            "again with one key per layer (metadata non_homogeneous_layers) and grow that"
+        )
+    chunks: list[ChunkStorageMetadata] = []
+    for layer, from_layer in enumerate(layers):
+        for chunk in stored.chunks:
+            if chunk.offsets[0] == from_layer:
+                offsets = torch.Size((layer, *chunk.offsets[1:]))
+                index = MetadataIndex(key, offsets, len(chunks))
+                grown.storage_data[index] = source.storage_data[MetadataIndex(key, chunk.offsets)]
+                chunks.append(ChunkStorageMetadata(offsets, chunk.sizes))
+    size = torch.Size((len(layers), *stored.size[1:]))
+    grown.state_dict_metadata[key] = dataclasses.replace(stored, size=size, chunks=chunks)
+
+
+def _object_targets(key: str, layers: tuple[int, ...]) -> list[str]:
+    """Names under which a stored byte object goes on: once for every layer that comes from its layer."""
+    if match := _LAYER_OBJECT.fullmatch(key):
+        number = int(match["layer"])
+        return [f"{LAYER_PREFIX}{layer}.{match['name']}" for layer, of in enumerate(layers) if of == number]
+    if match := _STACKED_OBJECT.fullmatch(key):
+        number, rest = int(match["layer"]), f"{match['offset']}_{len(layers)}{match['shape']}"
+        return [f"{match['key']}/shard_{layer}{rest}" for layer, of in enumerate(layers) if of == number]
+    return [key]
+
+
+def _point_at_zeros(grown: Metadata, zeros: Zeros) -> None:
+    for key, stored in grown.state_dict_metadata.items():
+        if key.startswith(MOMENT_PREFIXES) and isinstance(stored, TensorStorageMetadata):
+            for number, chunk in enumerate(stored.chunks):
+                index = MetadataIndex(key, chunk.offsets, number)
+                grown.storage_data[index] = zeros.slice_of(stored.properties.dtype, chunk.sizes)
+
+
+def _check(source: Path, target: Path, plan: GrowthPlan) -> Manifest:
+    """The source's manifest, if the growth can be tried."""
+    if not plan.is_selection:
+        mixed = next(rule.target for rule in plan.rules if not rule.is_selection)
+        raise GrowthError(
+            f"{plan.operator} computes new values ({mixed}), which links to the source's files cannot hold; "
+            "use an operator that only copies layers"
+        )
+    reason = validate_checkpoint(source)
+    if reason is not None:
+        raise CheckpointError(f"cannot grow {source}: {reason}")
+    manifest = read_manifest(source)
+    if manifest.geometry != plan.source_geometry:
+        raise GrowthError(
+            f"the plan grows {plan.source_geometry!r} but {source} holds {manifest.geometry!r}; plan from the latter"
+        )
+    if target.exists():
+        if validate_checkpoint(target) is None:
+            raise CheckpointError(f"{target} exists and is a valid checkpoint; choose another target or remove it")
+        if any(target.iterdir()) and not (target / METADATA_NAME).exists() and not (target / MANIFEST_NAME).exists():
+            raise CheckpointError(f"{target} exists and is not a checkpoint; choose another target")
+    return manifest
+
+
+def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: FileOperations) -> bool:
+    """Give ``folder`` the source's data files; True if they had to be copied."""
+    for name in names:
+        files.make_directory((folder / name).parent)
+    if all(files.link(source / name, folder / name) for name in names):
+        return False
+    needed = sum((source / name).stat().st_size for name in names)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{source} and {folder.parent} cannot share files by hard links (two file systems?), and copying needs "
+            f"{needed} bytes where {free} are free; choose a target on the source's file system"
+        )
+    _LOG.warning(
+        "%s and %s cannot share files by hard links (two file systems?): copying %.3g GB",
+        source, folder.parent, needed / 1e9,
+    )
+    for name in names:
+        if not (folder / name).exists():
+            files.copy(source / name, folder / name)
+    return True
+
+
+def _other_files(manifest: Manifest) -> list[str]:
+    """Files that go on as they are: megatron-core's ``metadata.json``, the run's configuration."""
+    rewritten = {METADATA_NAME, COMMON_NAME}
+    return [name for name in manifest.files if name not in rewritten and not name.endswith(".distcp")]
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _with_step_zero(value: Any) -> Any:
+    """A copy of ``common.pt``'s content in which every optimizer parameter group stands before its first step."""
+    if isinstance(value, dict):
+        copy = {key: _with_step_zero(item) for key, item in value.items()}
+        for group in copy.get("param_groups") or ():
+            if isinstance(group, dict) and group.get("step") is not None:
+                group["step"] = group["step"] * 0  # keeps its type: int, float or tensor
+        return copy
+    if isinstance(value, list):
+        return [_with_step_zero(item) for item in value]
+    return value
+
+
+def _grown_manifest(
+    manifest: Manifest,
+    source: Path,
+    plan: GrowthPlan,
+    policy: str,
+    seed: int,
+    stage: int | None,
+    config_hash: str | None,
+) -> Manifest:
+    record = GrowthRecord(
+        operator=plan.operator,
+        options=dict(plan.options),
+        layers=plan.layers,
+        optimizer_state=policy,
+        step=manifest.step,
+        source=str(source),
+        source_manifest_sha256=manifest.sha256,
+        source_geometry=plan.source_geometry,
+        target_geometry=plan.target_geometry,
+        seed=seed,
+        library_version=library_version(),
+    )
+    changes = {
+        "library_version": record.library_version,
+        "stage": manifest.stage + 1 if stage is None else stage,
+        "stage_step": 0,
+        "geometry": plan.target_geometry,
+        "config_hash": config_hash or manifest.config_hash,
+        "files": {},
+        "lineage": (*manifest.lineage, record),
+    }
+    return manifest.model_copy(update=changes)

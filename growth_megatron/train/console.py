@@ -1,0 +1,287 @@
+"""How a run looks while it goes: a live view on a terminal, aligned lines elsewhere.
+
+Owns: layout, units, remaining time.
+Does not own: the records (``train.metrics``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Record = Mapping[str, Any]
+
+
+class Console(Protocol):
+    def record(self, record: Record) -> None: ...
+
+    def progress(self, step: int, stage: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_console(stage_steps: Mapping[str, int], total_flops: float | None = None) -> Console:
+    """The live view if standard output is a terminal, else lines."""
+    output = RichConsole()
+    position = Position(stage_steps, total_flops)
+    if output.is_terminal and not output.is_dumb_terminal:
+        return LiveConsole(output, position)
+    return LineConsole(position)
+
+
+def count(number: float | None, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 12.3k, 1.50M, 7.31G."""
+    if number is None:
+        return "n/a"
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    index = 0
+    while abs(number) >= 999.5 and index < len(prefixes) - 1:
+        number, index = number / 1000, index + 1
+    digits = 0 if abs(number) >= 99.95 or (index == 0 and number == int(number)) else 1 if abs(number) >= 9.995 else 2
+    separator = " " if unit else ""
+    return f"{number:.{digits}f}{separator}{prefixes[index]}{unit}"
+
+
+def size(number: float | None) -> str:
+    """Bytes in decimal units."""
+    return count(number, "B")
+
+
+def fixed(number: float | None, digits: int = 4) -> str:
+    return "n/a" if number is None else f"{number:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """2 of d, h, m, s: 1d 4h, 3h 20m, 4m 05s, 12s."""
+    if seconds is None:
+        return "n/a"
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    for unit, length, lower, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= length:
+            return f"{whole // length}{unit} {whole % length // part:02d}{lower}"
+    return f"{whole}s"
+
+
+def geometry(value: Any) -> str:
+    """A model in a few words, from the mapping that a growth record carries."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    layers, hidden = value.get("num_layers"), value.get("hidden_size")
+    return f"{layers} layers x {hidden}" if hidden is not None else f"{layers} layers"
+
+
+class Position:
+    """Where the run is, and how long it still takes."""
+
+    def __init__(self, stage_steps: Mapping[str, int], total_flops: float | None) -> None:
+        self.stage_steps = dict(stage_steps)
+        self.total_steps = sum(self.stage_steps.values())
+        self.total_flops = total_flops
+        self.step = 0
+        self.stage = next(iter(self.stage_steps))
+        self._pace = Pace()
+        self._flops_pace = Pace()
+
+    def move(self, step: int, stage: str | int) -> None:
+        name = list(self.stage_steps)[stage] if isinstance(stage, int) else stage
+        if name != self.stage:  # another model, another speed
+            self._pace, self._flops_pace = Pace(), Pace()
+        self.step, self.stage = step, name
+
+    def measure(self, record: Record) -> None:
+        """Take a training record's step and FLOPs at this moment; saves and validations between two count as time."""
+        now = time.monotonic()
+        self._pace.add(now, record["step"])
+        if record.get("flops") is not None:
+            self._flops_pace.add(now, record["flops"])
+
+    @property
+    def stage_step(self) -> int:
+        names = list(self.stage_steps)
+        return self.step - sum(self.stage_steps[name] for name in names[: names.index(self.stage)])
+
+    @property
+    def stage_length(self) -> int:
+        return self.stage_steps[self.stage]
+
+    def stage_eta_s(self, record: Record) -> float | None:
+        """Seconds to the end of the stage."""
+        pace = self._pace.per_s or (1 / record["step_time_s"] if record.get("step_time_s") else None)
+        return None if pace is None else (self.stage_length - self.stage_step) / pace
+
+    def run_eta_s(self, record: Record) -> float | None:
+        """Seconds to the end of the run: the FLOPs left at the present pace, since later models are larger."""
+        if self.step - self.stage_step + self.stage_length == self.total_steps:
+            return self.stage_eta_s(record)
+        if self.total_flops is None or not self._flops_pace.per_s:
+            return None
+        return (self.total_flops - record["flops"]) / self._flops_pace.per_s
+
+
+class Pace:
+    """Smoothed progress per second of a growing count."""
+
+    def __init__(self) -> None:
+        self.per_s: float | None = None
+        self._last: tuple[float, float] | None = None
+
+    def add(self, now: float, value: float) -> None:
+        if self._last is not None and value > self._last[1] and now > self._last[0]:
+            pace = (value - self._last[1]) / (now - self._last[0])
+            self.per_s = pace if self.per_s is None else 0.8 * self.per_s + 0.2 * pace
+        self._last = (now, value)
+
+
+def train_values(record: Record) -> dict[str, str]:
+    """What is shown of a training record, by label, in the order of display."""
+    mfu = record.get("mfu")
+    rate = record.get("learning_rate")
+    tflops = record.get("tflops_per_s")
+    return {
+        "loss": fixed(record.get("loss")),
+        "lr": "n/a" if rate is None else f"{rate:.2e}",
+        "grad norm": fixed(record.get("grad_norm"), 3),
+        "tokens/s": count(record.get("tokens_per_s")),
+        "TFLOP/s per device": "n/a" if tflops is None else f"{tflops:.3g}",
+        "MFU": "n/a" if mfu is None else f"{100 * mfu:.1f} %",
+        "memory": size(record.get("memory_bytes")),
+    }
+
+
+def event_line(record: Record) -> str:
+    """One line for a record of any kind but train."""
+    kind = record["kind"]
+    text = _EVENT_TEXTS.get(kind, _other_text)(record)
+    at = "" if record.get("step") is None else f"step {record['step']}  "
+    return f"{kind:<10}  {at}{text}"
+
+
+def _validation_text(record: Record) -> str:
+    flops = record.get("flops")
+    cost = "" if flops is None else f"  after {count(record.get('consumed_tokens'))} tokens, {flops:.3g} FLOPs"
+    return f"validation loss {fixed(record.get('validation_loss'))}{cost}"
+
+
+def _checkpoint_text(record: Record) -> str:
+    seconds, written = record.get("seconds"), record.get("bytes")
+    text = f"saved {record.get('path', '')}  {size(written)} in {duration(seconds)}"
+    if seconds and written:
+        text += f" ({size(written / seconds)}/s)"
+    blocking = record.get("blocking_seconds")
+    return text if blocking is None or seconds is None or blocking > 0.9 * seconds else (
+        f"{text}, training waited {duration(blocking)}"
+    )  # fmt: skip
+
+
+def _growth_text(record: Record) -> str:
+    source, target = geometry(record.get("source_geometry")), geometry(record.get("target_geometry"))
+    text = f"{record.get('operator')}: {source} -> {target}"
+    before, after = record.get("validation_loss_before"), record.get("validation_loss_after")
+    if before is not None or after is not None:
+        text += f", validation loss {fixed(before)} -> {fixed(after)}"
+    if record.get("optimizer_state"):
+        text += f", optimizer state {record['optimizer_state']}"
+    return f"{text}, {duration(record.get('seconds'))}, {size(record.get('bytes_written'))} written"
+
+
+def _other_text(record: Record) -> str:
+    if record.get("message"):
+        return str(record["message"])
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
+                     if k not in ("kind", "step", "time"))  # fmt: skip
+
+
+_EVENT_TEXTS = {"validation": _validation_text, "checkpoint": _checkpoint_text, "growth": _growth_text}
+
+_WIDTHS = {"loss": 7, "lr": 8, "grad norm": 7, "tokens/s": 5, "TFLOP/s per device": 6, "MFU": 6, "memory": 7}
+
+
+class LineConsole:
+    """One aligned line a record, for logs and pipes."""
+
+    def __init__(self, position: Position) -> None:
+        self._position = position
+
+    def record(self, record: Record) -> None:
+        if record["kind"] != "train":
+            print(event_line(record), flush=True)
+            return
+        position = self._position
+        position.move(record["step"], record["stage"])
+        position.measure(record)
+        digits = len(str(position.total_steps))
+        values = "  ".join(f"{label} {value:>{_WIDTHS[label]}}" for label, value in train_values(record).items())
+        print(
+            f"step {position.step:>{digits}}/{position.total_steps}  {position.stage} "
+            f"{position.stage_step:>{digits}}/{position.stage_length}  {values}  "
+            f"{_remaining(position, record)}",
+            flush=True,
+        )
+
+    def progress(self, step: int, stage: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class LiveConsole:
+    """Two bars and the last figures at the bottom of the terminal; events scroll by above them."""
+
+    def __init__(self, output: RichConsole, position: Position) -> None:
+        self._output = output
+        self._position = position
+        self._last: Record = {}
+        self._live: Live | None = None
+
+    def record(self, record: Record) -> None:
+        if record["kind"] != "train":
+            self._output.print(event_line(record), highlight=False, soft_wrap=True, markup=False)
+            return
+        self._last = record
+        self._position.measure(record)
+        self.progress(record["step"], record["stage"])
+
+    def progress(self, step: int, stage: str) -> None:
+        self._position.move(step, stage)
+        if self._live is None:
+            self._live = Live(console=self._output, refresh_per_second=4)
+            self._live.start()
+        self._live.update(self._view())
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _view(self) -> Group:
+        position = self._position
+        bars = Table.grid(padding=(0, 2), expand=False)
+        rows = [("run", position.step, position.total_steps)]
+        if len(position.stage_steps) > 1:
+            rows.insert(0, (f"stage {position.stage}", position.stage_step, position.stage_length))
+        for label, done, total in rows:
+            bars.add_row(label, ProgressBar(total=total, completed=done, width=40), f"{done}/{total} steps",
+                         f"{100 * done / total:.0f} %")  # fmt: skip
+        figures = Table.grid(padding=(0, 3))
+        values = train_values(self._last)
+        figures.add_row(*(Text(label, style="dim") for label in values))
+        figures.add_row(*(Text(value, style="bold" if label == "loss" else "") for label, value in values.items()))
+        return Group(bars, Text(_remaining(position, self._last), style="dim"), figures)
+
+
+def _remaining(position: Position, record: Record) -> str:
+    stage, run = position.stage_eta_s(record), position.run_eta_s(record)
+    if len(position.stage_steps) == 1 or (run is not None and run == stage):
+        return f"ETA {duration(stage)}"
+    return f"ETA stage {duration(stage)}" + ("" if run is None else f", run {duration(run)}")

@@ -1,0 +1,269 @@
+"""One stage of a run, from its first to its last step.
+
+Owns: the order of data, step, validation, checkpoint and report within a stage.
+Does not own: what a step is (``train.engine``), what comes before and after the stage (``train.stages``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from megatron.core import parallel_state
+
+from growth_megatron.checkpoint.manifest import Manifest, library_version
+from growth_megatron.checkpoint.run_directory import RunDirectory
+from growth_megatron.checkpoint.sharded import Saver
+from growth_megatron.config.cost import flops_per_token
+from growth_megatron.config.load import LoadedConfig
+from growth_megatron.config.schema import StageConfig
+from growth_megatron.data.dataset import Stream, ValidationSet
+from growth_megatron.data.loader import BatchLoader, validation_batches
+from growth_megatron.errors import GrowthMegatronError
+from growth_megatron.parallel import process_groups
+from growth_megatron.train.engine import Batch, Engine
+from growth_megatron.train.hardware import mfu, peak_flops_per_s
+from growth_megatron.train.metrics import Metrics
+from growth_megatron.train.progress import Progress
+from growth_megatron.train.resilience import StopRequest, Watchdog
+from growth_megatron.train.schedule import learning_rate, schedule_position
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """What all stages of a run share."""
+
+    loaded: LoadedConfig
+    directory: RunDirectory
+    metrics: Metrics
+    stop: StopRequest
+    watchdog: Watchdog
+    train_data: Stream
+    validation_data: ValidationSet | None
+    data_fingerprint: dict[str, object]
+    world_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is written, or being written, and not yet committed."""
+
+    folder: Path
+    manifest: Manifest
+    started: float
+    blocking_s: float
+
+
+class StageLoop:
+    """Trains one stage. Every method is called on all ranks alike."""
+
+    def __init__(self, context: RunContext, engine: Engine, start: Manifest | None, progress: Progress) -> None:
+        self.context, self.engine, self.progress = context, engine, progress
+        self.config = context.loaded.config
+        self.stage: StageConfig = engine.stage
+        self._lineage = start.lineage if start else ()
+        self._saver = Saver()
+        self._pending: _Pending | None = None
+        self._saved_step = progress.step if start else -1
+        self._evaluated_step = -1
+        self._validation = self._validation_batches()
+        self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Take over the lineage of the checkpoint that was loaded, completed meanwhile."""
+        self._lineage = manifest.lineage
+
+    def run(self) -> bool:
+        """Train to the stage's end, validate there and save. Returns False if stopped early (and saved)."""
+        training = self.stage.training
+        loader = BatchLoader(
+            self.context.train_data,
+            training.micro_batch_size,
+            training.global_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        with loader:
+            stopped = process_groups.any_rank(self.context.stop.requested)
+            self._restart_window()
+            while not stopped and not self.progress.ends_stage(self.config):
+                stopped = self._step(loader)
+        if stopped:
+            self.context.metrics.log("event", step=self.progress.step, event="stop", message=self._stop_message())
+        elif self._evaluated_step != self.progress.step:
+            self.validate()
+        self._commit_pending(wait=True)
+        if self._saved_step != self.progress.step and self.progress.step > 0:
+            self._save(in_background=False)
+        return not stopped
+
+    def validate(self) -> float | None:
+        """Loss on the validation set (nats per token), logged; None without one."""
+        if not self._validation:
+            return None
+        loss, _ = self.engine.evaluate(self._validation)
+        self._evaluated_step = self.progress.step
+        self.context.metrics.log(
+            "validation",
+            step=self.progress.step,
+            stage=self.stage.name,
+            consumed_tokens=self.progress.consumed_tokens,
+            flops=self.progress.flops,
+            validation_loss=loss,
+        )
+        self.context.watchdog.alive()
+        self._restart_window()
+        return loss
+
+    def _step(self, loader: BatchLoader) -> bool:
+        started = time.perf_counter()
+        batches = [_to_device(batch) for batch in loader.micro_batches(self.progress.consumed_samples)]
+        self._window_data_s += time.perf_counter() - started
+        position, total = schedule_position(self.config, self.progress.stage, self.progress.stage_step)
+        rate = learning_rate(self.stage.schedule, position, total)
+        result = self.engine.train_step(batches, rate, self.context.stop.requested)
+        self.progress = self.progress.after_step(self.stage)
+        self._window_steps += 1
+        self.context.watchdog.alive()
+        if not math.isfinite(result.loss):
+            raise GrowthMegatronError(
+                f"the loss is {result.loss} at step {self.progress.step}; nothing was saved of it. Lower "
+                "schedule.learning_rate or lengthen schedule.warmup_steps and give the command again: it goes on from "
+                "the last checkpoint"
+            )
+        if self._due(self.config.logging.interval_steps):
+            self._report(result.loss, result.grad_norm, rate)
+        else:
+            self.context.metrics.progress(self.progress.step, self.stage.name)
+        if self._due(self.config.evaluation.interval_steps):
+            self.validate()
+        self._commit_pending(wait=False)
+        if self._due(self.config.checkpoint.interval_steps) and not result.stop_requested:
+            self._save(self.config.checkpoint.async_save)
+        return result.stop_requested
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.progress.step % interval == 0
+
+    def _report(self, loss: float, grad_norm: float, rate: float) -> None:
+        seconds = (time.perf_counter() - self._window_start) / self._window_steps
+        tokens_per_s = self.stage.tokens_per_step / seconds
+        flops_per_s = tokens_per_s * flops_per_token(self.stage.model) / self.context.world_size
+        peak = self._peak_flops_per_s()
+        self.context.metrics.log(
+            "train",
+            step=self.progress.step,
+            stage=self.stage.name,
+            stage_step=self.progress.stage_step,
+            consumed_tokens=self.progress.consumed_tokens,
+            consumed_samples=self.progress.consumed_samples,
+            flops=self.progress.flops,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            tokens_per_s=tokens_per_s,
+            tflops_per_s=flops_per_s / 1e12,
+            mfu=mfu(flops_per_s, peak),
+            step_time_s=seconds,
+            data_time_s=self._window_data_s / self._window_steps,
+            memory_bytes=_memory_bytes(),
+        )
+        self._restart_window()
+
+    def _peak_flops_per_s(self) -> float | None:
+        configured = self.config.logging.peak_tflops_per_s
+        if configured is not None:
+            return configured * 1e12
+        if not torch.cuda.is_available() or self.stage.training.precision != "bf16":
+            return None
+        return peak_flops_per_s(torch.cuda.get_device_name())
+
+    def _restart_window(self) -> None:
+        self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
+
+    def _save(self, in_background: bool) -> None:
+        self._commit_pending(wait=True)
+        started = time.perf_counter()
+        directory, step = self.context.directory, self.progress.step
+        folder: Path = process_groups.on_rank_zero(lambda: directory.begin(step))
+        with self.engine.gathered_parameters():
+            self._saver.save(folder, self.engine.models, self.engine.optimizer, in_background)
+        self._pending = _Pending(folder, self._manifest(), started, time.perf_counter() - started)
+        self._saved_step = step
+        if not in_background:
+            self._commit_pending(wait=True)
+        self.context.watchdog.alive()
+        self._restart_window()
+
+    def _commit_pending(self, wait: bool) -> None:
+        """Make a written checkpoint visible; with ``wait``, first wait for one still being written."""
+        if self._pending is None or (self._saver.busy and not self._saver.finished(wait)):
+            return
+        pending, self._pending = self._pending, None
+        directory, settings = self.context.directory, self.config.checkpoint
+
+        def commit() -> Path:
+            (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
+            path = directory.commit(pending.manifest)
+            directory.apply_retention(settings.keep_last, settings.keep_every_steps)
+            return path
+
+        commit_started = time.perf_counter()
+        path = process_groups.on_rank_zero(commit)
+        ended = time.perf_counter()
+        self.context.metrics.log(
+            "checkpoint",
+            step=pending.manifest.step,
+            path=str(path),
+            seconds=ended - pending.started,
+            blocking_seconds=pending.blocking_s + ended - commit_started,
+            bytes=sum(f.stat().st_size for f in path.iterdir()),
+        )
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            library_version=library_version(),
+            **dataclasses.asdict(self.progress),
+            geometry=self.stage.model,
+            layout=self.stage.parallel,
+            world_size=self.context.world_size,
+            data_fingerprint=dict(self.context.data_fingerprint),
+            config_hash=self.context.loaded.hash,
+            lineage=self._lineage,
+        )
+
+    def _validation_batches(self) -> list[Batch]:
+        if self.context.validation_data is None:
+            return []
+        batches = list(
+            validation_batches(
+                self.context.validation_data,
+                self.stage.training.micro_batch_size,
+                parallel_state.get_data_parallel_rank(),
+                parallel_state.get_data_parallel_world_size(),
+            )
+        )
+        if self.stage.parallel.chunks > 1:
+            # The interleaved schedule takes micro-batches by the pipeline size; the filling counts for nothing.
+            empty = {**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])}
+            batches += [empty] * (-len(batches) % self.stage.parallel.pipeline_parallel_size)
+        return [_to_device(batch) for batch in batches]
+
+    def _stop_message(self) -> str:
+        return f"stopped early on request at step {self.progress.step}; the same command goes on from here"
+
+
+def _to_device(batch: Batch) -> Batch:
+    device = torch.cuda.current_device()
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _memory_bytes() -> int:
+    """Peak device memory of this rank; without a device its resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,241 @@
+"""What a run reports: metrics.jsonl always, the console, TensorBoard and wandb on request.
+
+Owns: the form of metrics.jsonl, its repair on resume, the fan-out to the other outputs.
+Does not own: their looks (``train.console``) and libraries (``train.trackers``), nor what is measured (``train.loop``).
+
+One rank logs (the last pipeline stage's, data-parallel rank 0, which has the loss); the others get a ``NullMetrics``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+from typing_extensions import Self
+
+from growth_megatron.config.schema import LoggingConfig
+from growth_megatron.errors import DataError
+from growth_megatron.train.console import Console, open_console
+from growth_megatron.train.trackers import Tracker, open_trackers
+
+FILE_NAME = "metrics.jsonl"
+
+# Fields of each kind in the order they are written; fields not named here follow, `time` comes last.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "train": (
+        "step", "stage", "stage_step", "consumed_tokens", "consumed_samples", "flops", "loss", "grad_norm",
+        "learning_rate", "tokens_per_s", "tflops_per_s", "mfu", "step_time_s", "data_time_s", "memory_bytes",
+    ),
+    "validation": ("step", "consumed_tokens", "flops", "validation_loss"),
+    "growth": (
+        "step", "operator", "source", "target", "source_geometry", "target_geometry", "optimizer_state",
+        "validation_loss_before", "validation_loss_after", "seconds", "bytes_written",
+    ),
+    "checkpoint": ("step", "path", "seconds", "blocking_seconds", "bytes"),
+    "evaluation": ("step",),
+    "event": ("step", "event", "message"),
+}  # fmt: skip
+
+
+class Metrics(Protocol):
+    """What the training loop talks to."""
+
+    def log(self, kind: str, **fields: Any) -> None: ...
+
+    def progress(self, step: int, stage: str) -> None: ...
+
+    def rewind(self, step: int, *, before_growth: bool = False) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullMetrics:
+    """For the ranks that do not log."""
+
+    def log(self, kind: str, **fields: Any) -> None:
+        pass
+
+    def progress(self, step: int, stage: str) -> None:
+        pass
+
+    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class MetricsLogger:
+    """Appends to RUN/metrics.jsonl and passes each record on to the console and the trackers.
+
+    Args:
+        run_directory: exists already.
+        logging: which outputs.
+        stage_steps: steps of each stage by name, in order.
+        total_flops: of the whole run, for the time it still needs; without it only the stage's is shown.
+        config: effective configuration, for wandb.
+        console: default: live view on a terminal, lines elsewhere.
+
+    Raises:
+        ConfigError: an output is asked for whose package is not installed.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        logging: LoggingConfig,
+        stage_steps: Mapping[str, int],
+        *,
+        total_flops: float | None = None,
+        config: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.path = Path(run_directory) / FILE_NAME
+        self._trackers: list[Tracker] = open_trackers(Path(run_directory), logging, config or {})
+        self._console = console or open_console(stage_steps, total_flops)
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def log(self, kind: str, **fields: Any) -> None:
+        """Write one record; a number that is not finite becomes null and an event of its own."""
+        if kind not in FIELDS:
+            raise ValueError(f"unknown kind of metrics {kind!r}; allowed: {', '.join(FIELDS)}")
+        lost: list[tuple[str, float]] = []
+        record = _plain(_ordered(kind, fields), lost)
+        self._emit(record)
+        for name, value in lost:
+            message = f"{name} of the {kind} record is {value}"
+            self.log("event", step=record.get("step"), event="non_finite", message=message)
+
+    def progress(self, step: int, stage: str) -> None:
+        """Move the live view between two records; free on a console without one."""
+        self._console.progress(step, stage)
+
+    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+        """Forget what a resumed run is going to do again; call before the first ``log`` of a resumed run.
+
+        Args:
+            step: the step resumed from; records of later steps go, by a new file and a rename.
+            before_growth: the resumed checkpoint is a stage's end whose growth is still to come, so a growth at this
+                step goes too, and what followed it.
+        """
+        self._close_file()
+        if self.path.exists():
+            temporary = self.path.with_suffix(".jsonl.tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in _until(self.path, step, before_growth))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        for tracker in self._trackers:
+            tracker.rewind(step)
+
+    def close(self) -> None:
+        self._close_file()
+        self._console.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = _open_for_append(self.path)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        self._console.record(record)
+        for tracker in self._trackers:
+            tracker.record(record)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
+    """All records of a run; a last line cut short by a crash is left out.
+
+    Raises:
+        DataError: no metrics there, or a line before the last that is not JSON.
+    """
+    path = Path(run_directory) / FILE_NAME
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give the run.directory of a configuration that was trained")
+    return list(_records(path))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # no newline behind it: the write was cut short
+                return
+            raise DataError(f"{path}:{number}: not a JSON object; the file was damaged, remove that line") from None
+        yield record
+
+
+def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any]]:
+    """Records up to ``step``; one without a step belongs to what precedes it."""
+    keep = True
+    for record in _records(path):
+        at = record.get("step")
+        if at is not None:
+            keep = at <= step and (keep or at < step)
+            if before_growth and at == step and record["kind"] == "growth":
+                keep = False
+        if keep:
+            yield record
+
+
+def _open_for_append(path: Path) -> IO[str]:
+    """Starts a new line where a crash left half a one."""
+    file = path.open("a+", encoding="utf-8")
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        with path.open("rb") as tail:
+            tail.seek(-1, os.SEEK_END)
+            if tail.read(1) != b"\n":
+                complete = path.read_bytes().rfind(b"\n") + 1
+                file.truncate(complete)
+                file.seek(0, os.SEEK_END)
+    return file
+
+
+def _ordered(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: fields[name] for name in FIELDS[kind] if name in fields}
+    if kind == "train":
+        known = {name: fields.get(name) for name in FIELDS[kind]}
+    others = {name: value for name, value in fields.items() if name not in known and name != "time"}
+    return {"kind": kind, **known, **others, "time": fields.get("time", time.time())}
+
+
+def _plain(value: Any, lost: list[tuple[str, float]], name: str = "") -> Any:
+    """JSON's own types; numbers that JSON lacks are put on the list ``lost``."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, lost, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, lost, name) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # a tensor or NumPy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append((name, value))
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,0 +1,46 @@
+"""Where a run stands, as values.
+
+Owns: the counters of a run and their arithmetic.
+Does not own: their storage (``checkpoint.manifest``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from growth_megatron.checkpoint.manifest import Manifest
+from growth_megatron.config.cost import flops_per_token
+from growth_megatron.config.schema import RunConfig, StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Counters of a run; ``step``, samples, tokens and flops count over all stages."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    flops: float = 0.0
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> Progress:
+        return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
+
+    def after_step(self, stage: StageConfig) -> Progress:
+        """The counters one optimizer step later."""
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            stage_step=self.stage_step + 1,
+            consumed_samples=self.consumed_samples + stage.training.global_batch_size,
+            consumed_tokens=self.consumed_tokens + stage.tokens_per_step,
+            flops=self.flops + float(flops_per_token(stage.model)) * stage.tokens_per_step,
+        )
+
+    def ends_stage(self, config: RunConfig) -> bool:
+        return self.stage_step >= config.stages[self.stage].num_steps
+
+    def ends_run(self, config: RunConfig) -> bool:
+        return self.ends_stage(config) and self.stage == len(config.stages) - 1

@@ -1,0 +1,363 @@
+"""A run from wherever it stands to its end: resume or start, train a stage, grow, train the next.
+
+Owns: the walk over the stages, and what a resumed run checks before it goes on.
+Does not own: steps within a stage (``train.loop``), the growth itself (``growth``).
+
+The state of a run is its newest valid checkpoint and nothing else. Every turn of the walk looks at that checkpoint: in
+the middle of a stage it goes on training, at a stage's end it grows, at the run's end it is done. So a run killed
+anywhere goes on with the same command, and growing mid-run takes the very path of resuming.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growth_megatron.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
+from growth_megatron.config.checks import check_world_size
+from growth_megatron.config.cost import flops_per_token
+from growth_megatron.config.layers import connection_rate, resolve_layers
+from growth_megatron.config.load import LoadedConfig, load_config
+from growth_megatron.config.schema import ModelConfig, RunConfig
+from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
+from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
+from growth_megatron.data.prepared import check_data
+from growth_megatron.errors import (
+    EXIT_NEXT_LAYOUT,
+    EXIT_OK,
+    EXIT_STOPPED_EARLY,
+    CheckpointError,
+    GrowthMegatronError,
+)
+from growth_megatron.growth.alias import GrowthResult, grow_checkpoint
+from growth_megatron.growth.plan import plan_depth
+from growth_megatron.model.init import InitSource
+from growth_megatron.parallel import process_groups
+from growth_megatron.train.engine import Engine
+from growth_megatron.train.loop import RunContext, StageLoop
+from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
+from growth_megatron.train.progress import Progress
+from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
+
+NEXT_LAYOUT_NAME = "next_layout.json"
+
+
+def train(loaded: LoadedConfig) -> int:
+    """Run or continue the run of ``loaded``; returns an exit code of ``growth_megatron.errors``.
+
+    Raises: GrowthMegatronError, on all ranks alike.
+    """
+    config = loaded.config
+    world_size = process_groups.world_size_from_environment()
+    for index in range(len(config.stages)):
+        check_world_size(config, index, required_world_size(config, index, world_size))
+    stop = StopRequest()
+    stop.install()
+    process_groups.start()
+    directory = RunDirectory(config.run.directory)
+    rank = process_groups.rank_from_environment()
+    metrics: Metrics = NullMetrics()
+    try:
+        choice = process_groups.on_rank_zero(lambda: _open_run(directory, loaded))
+        log = open_rank_log(directory.path, rank)
+        watchdog = Watchdog(log)
+        watchdog.alive()
+        if rank == 0:
+            metrics = _open_metrics(directory, loaded)
+        context = _context(loaded, directory, metrics, stop, watchdog, world_size)
+        _rewind(context, choice)
+        code = _walk(context, choice)
+        watchdog.close()
+        return code
+    finally:
+        metrics.close()
+        process_groups.stop()
+
+
+def required_world_size(config: RunConfig, stage: int, world_size: int) -> int:
+    """Ranks that ``stage`` wants: what its layout says, else the ``world_size`` at hand, made a multiple of it."""
+    parallel = config.stages[stage].parallel
+    if parallel.data_parallel_size is not None:
+        return parallel.model_parallel_size * parallel.data_parallel_size
+    if stage == 0:
+        return world_size  # the first stage is started by hand: a world size that does not fit it is an error
+    return -(-world_size // parallel.model_parallel_size) * parallel.model_parallel_size
+
+
+def _walk(context: RunContext, choice: ResumeChoice) -> int:
+    config = context.loaded.config
+    growth: GrowthResult | None = None
+    while True:
+        manifest = choice.manifest
+        progress = Progress.of_manifest(manifest) if manifest else Progress()
+        if progress.ends_run(config):
+            context.metrics.log("event", step=progress.step, event="done", message=_done_message(context, progress))
+            return EXIT_OK
+        if manifest is not None and progress.ends_stage(config):
+            growth = process_groups.on_rank_zero(lambda: _grow(context, choice, manifest))
+        else:
+            wanted = required_world_size(config, progress.stage, context.world_size)
+            if wanted != context.world_size:
+                return process_groups.on_rank_zero(lambda: _hand_over(context, progress, wanted))
+            if not _train_stage(context, choice, progress, growth):
+                return EXIT_STOPPED_EARLY
+            growth = None
+        choice = process_groups.on_rank_zero(lambda: context.directory.choose_resume("must"))
+
+
+def _train_stage(
+    context: RunContext, choice: ResumeChoice, progress: Progress, growth: GrowthResult | None
+) -> bool:
+    """Build the stage at its layout, load it and train it. False if stopped early."""
+    config, stage = context.loaded.config, context.loaded.config.stages[progress.stage]
+    process_groups.set_layout(stage.parallel, config.run.seed)
+    engine = Engine(stage)
+    if choice.path is None:
+        pour_into_model(InitSource(stage.model, config.run.seed), engine.models)
+        engine.finish()
+    else:
+        engine.finish()
+        load_into_model(choice.path, engine.models, engine.optimizer)
+    context.metrics.log("event", step=progress.step, event="stage", message=_stage_message(context, progress, choice))
+    loop = StageLoop(context, engine, choice.manifest, progress)
+    context.watchdog.alive()
+    if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
+        _record_growth(context, choice.path, choice.manifest, loop.validate(), growth)
+        loop.adopt(read_manifest(choice.path))
+    finished = loop.run()
+    del loop, engine  # before the next stage allocates
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return finished
+
+
+def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> GrowthResult:
+    """Grow the checkpoint at a stage's end into the next stage's geometry; rank 0 alone, whatever the layout."""
+    config = context.loaded.config
+    number = manifest.stage + 1
+    stage = config.stages[number]
+    assert choice.path is not None and stage.growth is not None
+    layers = resolve_layers(stage.growth.layers, manifest.geometry.num_layers, stage.model.num_layers)
+    result = grow_checkpoint(
+        choice.path,
+        context.directory.checkpoint_path(manifest.step, grown=True),
+        plan_depth(manifest.geometry, stage.model, layers),
+        stage.growth.optimizer_state,
+        seed=config.run.seed,
+        stage=number,
+        config_hash=context.loaded.hash,
+    )
+    context.directory.point_latest(result.path)
+    context.metrics.log(
+        "event",
+        step=manifest.step,
+        event="grow",
+        message=f"grew {manifest.geometry.num_layers} -> {stage.model.num_layers} layers ({stage.growth.operator}, "
+        f"{100 * connection_rate(layers):.1f} % of layer connections kept, optimizer state "
+        f"{stage.growth.optimizer_state}) in {result.seconds:.2f} s: {result.bytes_written / 1024:.1f} KiB written, "
+        f"{result.bytes_linked / 2**20:.1f} MiB linked",
+    )
+    return result
+
+
+def _record_growth(
+    context: RunContext, path: Path, manifest: Manifest, loss_after: float | None, growth: GrowthResult | None
+) -> None:
+    """Put the validation losses around a growth into the grown checkpoint's lineage and into the metrics, once."""
+    record = manifest.lineage[-1]
+
+    def update() -> None:
+        before = record.validation_loss_before
+        known = read_metrics(context.directory.path) if (context.directory.path / FILE_NAME).exists() else []
+        if any(line["kind"] == "growth" and line["step"] == manifest.step for line in known):
+            return
+        losses = [line for line in known if line["kind"] == "validation" and line["step"] == manifest.step]
+        if before is None and losses:
+            before = losses[0]["validation_loss"]
+        measured = record.model_copy(update={"validation_loss_before": before, "validation_loss_after": loss_after})
+        write_manifest(path, manifest.model_copy(update={"lineage": (*manifest.lineage[:-1], measured)}))
+        context.metrics.log(
+            "growth",
+            step=manifest.step,
+            operator=record.operator,
+            source=record.source,
+            target=str(path),
+            source_geometry=record.source_geometry.model_dump(),
+            target_geometry=record.target_geometry.model_dump(),
+            optimizer_state=record.optimizer_state,
+            validation_loss_before=before,
+            validation_loss_after=loss_after,
+            seconds=growth.seconds if growth else None,
+            bytes_written=growth.bytes_written if growth else None,
+        )
+
+    process_groups.on_rank_zero(update)
+
+
+def _open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
+    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
+    config = loaded.config
+    recovered = directory.recover()
+    choice = directory.choose_resume(config.checkpoint.resume)
+    for text in recovered:
+        print(f"checkpoints: {text}", flush=True)
+    for skipped in choice.skipped:
+        print(f"checkpoints: skipped {skipped.path}: {skipped.reason}", flush=True)
+    if choice.path is not None and choice.manifest is not None:
+        print(f"resuming from {choice.path} (step {choice.manifest.step})", flush=True)
+        _check_geometry(config, choice.path, choice.manifest)
+        if choice.manifest.config_hash != loaded.hash:
+            _show_changes(choice.path, config)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
+    (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
+    return choice
+
+
+def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
+    if manifest.stage >= len(config.stages):
+        raise CheckpointError(
+            f"{path} is of stage {manifest.stage + 1} but the configuration has {len(config.stages)} stage(s); "
+            "give the configuration the run was started with, or another run.directory"
+        )
+    stage = config.stages[manifest.stage]
+    differing = geometry_differences(manifest.geometry, stage.model)
+    if differing:
+        remedy = f"growth-megatron grow {path} TARGET --operator stack --set num_layers={stage.model.num_layers}"
+        raise CheckpointError(
+            f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. Give model: the checkpoint's "
+            f"values, choose another run.directory, or grow the checkpoint: {remedy}"
+        )
+
+
+def geometry_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """The fields in which two geometries differ, as ``name stored -> wanted``; initialisation does not count."""
+    then, now = _geometry(stored), _geometry(wanted)
+    return [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]]
+
+
+def _geometry(model: ModelConfig) -> dict[str, Any]:
+    fields = model.model_dump(exclude={"init_std", "vocab_multiple", "vocab_size"})
+    resolved = {"num_query_groups": model.query_groups, "head_dim": model.kv_channels}
+    return {**fields, **resolved, "padded_vocab_size": model.padded_vocab_size}
+
+
+def _show_changes(path: Path, config: RunConfig) -> None:
+    """Say what a resumed run's configuration changes; learning rate and decay follow the new one at once."""
+    try:
+        before = _flat(load_config(path / "config.yaml").config.model_dump())
+    except GrowthMegatronError:
+        return  # stored by another version; the checkpoint itself has been checked
+    after = _flat(config.model_dump())
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            print(f"config changed since this checkpoint: {name}: {before.get(name)} -> {after.get(name)}", flush=True)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items: Sequence[tuple[str, Any]] = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {key: leaf for k, v in items for key, leaf in _flat(v, f"{name}.{k}" if name else k).items()}
+
+
+def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:
+    stages = loaded.config.stages
+    total = sum(float(flops_per_token(s.model)) * s.tokens_per_step * s.num_steps for s in stages)
+    return MetricsLogger(
+        directory.path,
+        loaded.config.logging,
+        {stage.name: stage.num_steps for stage in stages},
+        total_flops=total,
+        config=loaded.config.model_dump(mode="json"),
+    )
+
+
+def _context(
+    loaded: LoadedConfig,
+    directory: RunDirectory,
+    metrics: Metrics,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    world_size: int,
+) -> RunContext:
+    config = loaded.config
+    cache = Path(config.data.cache_directory or directory.path / "data_cache")
+    model = config.stages[0].model
+    process_groups.on_all_ranks(lambda: check_data(config.data, model.vocab_size))
+    return RunContext(
+        loaded,
+        directory,
+        metrics,
+        stop,
+        watchdog,
+        process_groups.on_all_ranks(
+            lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
+        ),
+        process_groups.on_all_ranks(
+            lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
+        ),
+        process_groups.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed)),
+        world_size,
+    )
+
+
+def _rewind(context: RunContext, choice: ResumeChoice) -> None:
+    manifest = choice.manifest
+    if manifest is None:
+        context.metrics.rewind(-1)
+        return
+    if manifest.data_fingerprint is not None:
+        check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint))
+    progress = Progress.of_manifest(manifest)
+    context.metrics.rewind(manifest.step, before_growth=progress.ends_stage(context.loaded.config))
+
+
+def _hand_over(context: RunContext, progress: Progress, world_size: int) -> int:
+    """Say which world size the next stage needs, for the launcher and for people."""
+    stage = context.loaded.config.stages[progress.stage]
+    layout = {"stage": stage.name, "world_size": world_size, "parallel": stage.parallel.model_dump()}
+    (context.directory.path / NEXT_LAYOUT_NAME).write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
+    context.metrics.log(
+        "event",
+        step=progress.step,
+        event="next_layout",
+        message=f"stage {stage.name} needs {world_size} ranks, here are {context.world_size}: give the same command "
+        f"with {world_size} (launch/torchrun.sh does so by itself)",
+    )
+    return EXIT_NEXT_LAYOUT
+
+
+def _just_grown(manifest: Manifest) -> bool:
+    return bool(manifest.lineage) and manifest.stage_step == 0 and manifest.lineage[-1].step == manifest.step
+
+
+def _stage_message(context: RunContext, progress: Progress, choice: ResumeChoice) -> str:
+    stage = context.loaded.config.stages[progress.stage]
+    model, parallel = stage.model, stage.parallel
+    data_parallel = context.world_size // parallel.model_parallel_size
+    origin = f"from {choice.path}" if choice.path else f"initialised with seed {context.loaded.config.run.seed}"
+    return (
+        f"stage {stage.name} ({progress.stage + 1} of {len(context.loaded.config.stages)}): {model.num_layers} layers x "
+        f"{model.hidden_size}, TP {parallel.tensor_parallel_size}{' +SP' if parallel.sequence_parallel else ''} PP "
+        f"{parallel.pipeline_parallel_size} VPP {parallel.chunks} DP {data_parallel}, {stage.training.precision}, steps "
+        f"{progress.stage_step} to {stage.num_steps} of {stage.tokens_per_step:,} tokens, {origin}"
+    )
+
+
+def _done_message(context: RunContext, progress: Progress) -> str:
+    return (
+        f"run complete: {progress.step} steps, {progress.consumed_tokens:,} tokens, {progress.flops:.3e} FLOPs; "
+        f"checkpoint {context.directory.latest_path}"
+    )

@@ -1,0 +1,43 @@
+"""Packaging of growth_megatron; exact versions that were tested are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "zstd": ["zstandard"],
+    "wandb": ["wandb"],
+    "tensorboard": ["tensorboard"],
+    "plot": ["matplotlib"],
+    "hf": ["transformers", "safetensors"],
+    "eval": ["lm-eval"],
+    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "zstandard"],
+}
+
+setup(
+    name="growth-megatron",
+    version="0.1.0",
+    description="LLaMA pretraining on megatron-core with model growth inside the run",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    if Path(__file__).with_name("README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["growth_megatron", "growth_megatron.*"]),
+    package_data={"growth_megatron": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.17",
+        "numpy",
+        "psutil",  # megatron-core imports it without declaring it
+        "pydantic>=2",
+        "PyYAML",
+        "rich",
+        "sentencepiece",
+        "safetensors",
+        "typing_extensions",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["growth-megatron = growth_megatron.__main__:main"]},
+)

@@ -1,0 +1,128 @@
+"""Layer lists: the paper's notation, comma lists, stacking and the connection rate."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from growth_megatron.config.layers import (
+    MAX_LAYERS,
+    connection_rate,
+    parse_layers,
+    resolve_layers,
+    stack_layers,
+)
+from growth_megatron.errors import ConfigError
+
+PAPER = {
+    "123456*4": "123456" * 4,
+    "12-3456*5-56": "12" + "3456" * 5 + "56",
+    "12-345*7-6": "12" + "345" * 7 + "6",
+    "123-456*7": "123" + "456" * 7,
+    "1234-56*10": "1234" + "56" * 10,
+    "12-34*10-56": "12" + "34" * 10 + "56",
+    "1-234*7-56": "1" + "234" * 7 + "56",
+    "123*7-456": "123" * 7 + "456",
+}
+
+
+@pytest.mark.parametrize("notation", PAPER)
+def test_the_papers_partial_stackings_give_24_layers(notation: str) -> None:
+    layers = parse_layers(notation, 6)
+    assert layers == tuple(int(digit) - 1 for digit in PAPER[notation])
+    assert len(layers) == 24
+
+
+def test_a_list_with_commas_counts_from_0_and_reaches_beyond_9() -> None:
+    assert parse_layers("0,1,0,1", 2) == (0, 1, 0, 1)
+    assert parse_layers("0, 11 ,10", 12) == (0, 11, 10)
+
+
+@pytest.mark.parametrize(
+    ("notation", "column", "says"),
+    [
+        ("", 1, "a segment without layers"),
+        ("12--34", 4, "a segment without layers"),
+        ("12-", 4, "a segment without layers"),
+        ("*3", 1, "a segment without layers"),
+        ("120", 3, "'0' is not a layer digit"),
+        ("12-7", 4, "there is no layer 7; allowed: 1 to 6"),
+        ("1 2", 2, "' ' is not a layer digit"),
+        ("12*", 4, "'' is not a repeat count"),
+        ("12*0", 4, "'0' is not a repeat count"),
+        ("12*-3", 4, "'' is not a repeat count"),
+        ("12*2*2", 4, "'2*2' is not a repeat count"),
+        ("1²", 2, "not a layer digit"),
+        ("12*²", 4, "not a repeat count"),
+        ("12*99999", 4, "more than 4096 layers"),
+        ("12*" + "9" * 5000, 4, "more than 4096 layers"),
+        ("0,1,", 5, "'' is not a layer number"),
+        ("0, 6", 4, "there is no layer 6; allowed: 0 to 5"),
+        ("0,-1", 3, "'-1' is not a layer number"),
+    ],
+)
+def test_a_wrong_notation_is_refused_with_its_column(notation: str, column: int, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_layers(notation, 6)
+    message = str(caught.value)
+    assert repr(notation) in message
+    assert f"column {column}:" in message
+    assert says in message
+
+
+segments = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 8))
+
+
+@given(st.lists(segments, min_size=1, max_size=6))
+def test_notation_round_trips(parts: list[tuple[list[int], int]]) -> None:
+    notation = "-".join("".join(map(str, digits)) + (f"*{count}" if count > 1 else "") for digits, count in parts)
+    expected = tuple(digit - 1 for digits, count in parts for digit in digits * count)
+    assert parse_layers(notation, 6) == expected
+    if len(expected) > 1:
+        assert parse_layers(",".join(map(str, expected)), 6) == expected
+
+
+@given(st.text(max_size=20), st.integers(1, 12))
+def test_any_text_gives_layers_of_the_source_or_a_config_error(notation: str, source_layers: int) -> None:
+    try:
+        layers = parse_layers(notation, source_layers)
+    except ConfigError:
+        return
+    assert layers
+    assert all(0 <= layer < source_layers for layer in layers)
+    assert len(layers) <= MAX_LAYERS
+
+
+@given(st.integers(1, 40), st.integers(0, 100))
+def test_stacking_repeats_the_source_in_order(source_layers: int, more: int) -> None:
+    layers = stack_layers(source_layers, source_layers + more)
+    assert layers[:source_layers] == tuple(range(source_layers))
+    assert all(layers[j] == layers[j - source_layers] for j in range(source_layers, len(layers)))
+
+
+def test_stacking_to_fewer_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot stack 6 layers to 5"):
+        stack_layers(6, 5)
+
+
+def test_connection_rates_of_the_paper() -> None:
+    interpolation = tuple(j // 3 for j in range(24))
+    assert round(100 * connection_rate(stack_layers(8, 24)), 1) == 91.3
+    assert round(100 * connection_rate(interpolation), 1) == 30.4
+    assert connection_rate((0,)) == 1.0
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=30))
+def test_connection_rate_is_a_share(layers: list[int]) -> None:
+    assert 0 <= connection_rate(layers) <= 1
+
+
+def test_configured_layers_are_resolved_and_checked_against_the_target() -> None:
+    assert resolve_layers(None, 2, 5) == (0, 1, 0, 1, 0)
+    assert resolve_layers("12*2", 2, 4) == (0, 1, 0, 1)
+    assert resolve_layers([0, 0, 1], 2, 3) == (0, 0, 1)
+    with pytest.raises(ConfigError, match="gives 4 layers but the target model has 6.*num_layers to 4"):
+        resolve_layers("12*2", 2, 6)
+    with pytest.raises(ConfigError, match="entry 1 is 2; allowed: 0 to 1"):
+        resolve_layers((0, 2), 2, 2)

@@ -1,0 +1,151 @@
+"""Text to .bin/.idx: the same bytes at any number of workers, complete or not there at all."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from growth_megatron.data import encode as encode_module
+from growth_megatron.data.prepare import prepare_data
+from growth_megatron.data.prepared import read_description
+from growth_megatron.data.tokenizer import Tokenizer
+from growth_megatron.errors import DataError
+from tests.data.conftest import make_documents, write_jsonl
+
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Text files, lines and a compressed file, more than one task of each."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number, text in enumerate(make_documents(8, seed=11, words=3000)):
+        (folder / f"a{number}.txt").write_text(text * 20)
+    write_jsonl(folder / "b.jsonl", make_documents(300, seed=12, words=3000))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "c", make_documents(50, 13)).read_bytes()))
+    return folder
+
+
+def run(inputs: Path, tokenizer: Tokenizer, output: Path, workers: int = 1, **keywords):
+    return prepare_data([inputs], tokenizer.path, output, workers, progress_stream=io.StringIO(), **keywords)
+
+
+def test_documents_come_back_in_order_each_ended_by_eos(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = make_documents(7, seed=9)
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts[:3], "  \n", *texts[3:]])
+    prepared = run(source, tokenizer, tmp_path / "out" / "a.b")
+    dataset = IndexedDataset(str(tmp_path / "out" / "a.b"))
+    assert [tokenizer.decode(row[:-1]) for row in dataset[0:7]] == texts
+    assert all(row[-1] == tokenizer.eos_id for row in dataset[0:7])
+    assert dataset.index.dtype == numpy.uint16
+    assert dataset.document_indices.tolist() == list(range(8))
+    description = prepared.outputs[tmp_path / "out" / "a.b"]
+    assert (description.documents, description.empty_documents) == (7, 1)
+    assert description.tokens == int(dataset.sequence_lengths.sum())
+    assert description.text_bytes == sum(len(text.encode()) for text in texts)
+    assert description.tokenizer_sha256 == tokenizer.sha256
+    found = read_description(tmp_path / "out" / "a.b")
+    assert found is not None
+    assert [list(entry) for entry in found.sources] == [["a.jsonl", source.stat().st_size]]
+
+
+def test_output_is_the_same_at_any_number_of_workers(mixed: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert len(list(encode_module.make_tasks(encode_module_sources(mixed)))) >= 4
+    for workers in (1, 2):
+        run(mixed, tokenizer, tmp_path / f"w{workers}", workers, validation_every=10)
+    for part in ("", "_validation"):
+        for suffix in SUFFIXES:
+            one, two = (tmp_path / f"w{workers}{part}{suffix}" for workers in (1, 2))
+            assert one.read_bytes() == two.read_bytes()
+
+
+def encode_module_sources(folder: Path):
+    from growth_megatron.data.corpus import list_sources
+
+    return list_sources([folder])
+
+
+def test_every_nth_document_is_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = make_documents(10, seed=9)
+    prepared = run(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "a", validation_every=3)
+    train, held_out = (IndexedDataset(str(prefix)) for prefix in prepared.outputs)
+    assert [tokenizer.decode(row[:-1]) for row in held_out[0:3]] == texts[2::3]
+    assert [tokenizer.decode(row[:-1]) for row in train[0:7]] == [t for i, t in enumerate(texts) if i % 3 != 2]
+
+
+def test_an_error_in_a_worker_leaves_nothing_behind(mixed: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (mixed / "z.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"z\.txt is not UTF-8"):
+        run(mixed, tokenizer, tmp_path / "out" / "a", workers=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_existing_output_is_kept_unless_told_otherwise(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run(corpus, tokenizer, tmp_path / "a")
+    before = (tmp_path / "a.bin").read_bytes()
+    other = write_jsonl(tmp_path / "b.jsonl", make_documents(3, seed=8))
+    with pytest.raises(DataError, match=r"a\.bin exists already.*--overwrite"):
+        run(other, tokenizer, tmp_path / "a")
+    assert (tmp_path / "a.bin").read_bytes() == before
+    run(other, tokenizer, tmp_path / "a", overwrite=True)
+    assert len(IndexedDataset(str(tmp_path / "a"))) == 3
+
+
+def test_empty_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="corpus is empty"):
+        run(tmp_path / "a.txt", tokenizer, tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_splits_and_workers_that_cannot_be(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(3, seed=8))
+    with pytest.raises(DataError, match="between 2 and 3"):
+        run(source, tokenizer, tmp_path / "a", validation_every=4)
+    with pytest.raises(DataError, match="use 2 or more"):
+        run(source, tokenizer, tmp_path / "a", validation_every=1)
+    with pytest.raises(DataError, match="--workers 0"):
+        run(source, tokenizer, tmp_path / "a", workers=0)
+
+
+def test_output_that_cannot_be_written(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        run(corpus, tokenizer, tmp_path / "file" / "a")
+
+
+def test_a_field_other_than_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "the people"}) + "\n")
+    run(tmp_path / "a.jsonl", tokenizer, tmp_path / "a", text_field="body")
+    assert tokenizer.decode(IndexedDataset(str(tmp_path / "a"))[0][:-1]) == "the people"
+
+
+def test_progress_is_plain_lines_away_from_a_terminal(
+    mixed: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growth_megatron.data.progress.PLAIN_INTERVAL_S", 0.0)
+    stream = io.StringIO()
+    prepare_data([mixed], tokenizer.path, tmp_path / "a", 1, progress_stream=stream)
+    lines = stream.getvalue().splitlines()
+    assert "documents," in lines[0]
+    assert "MB/s" in lines[0]
+    assert lines[-1].startswith("100%")
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_progress_is_a_bar_on_a_terminal(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    prepare_data([corpus], tokenizer.path, tmp_path / "a", 1, progress_stream=stream)
+    assert "100%" in stream.getvalue()
+    assert "\x1b[" in stream.getvalue()

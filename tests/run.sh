@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks: environment, ruff, mypy, pytest. Arguments go to pytest: bash tests/run.sh -k growth
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+cd "$repository"
+
+environment_install dev,wandb,tensorboard,plot
+export OMP_NUM_THREADS=1  # the multi-rank tests already fill the cores
+export PATH=$venv/bin:$PATH
+
+echo "ruff" && ruff check .
+echo "mypy" && mypy
+echo "pytest" && python -m pytest -q "$@"

@@ -1,0 +1,296 @@
+"""metrics.jsonl through crashes and resumes, and what the other outputs make of the same records."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console as RichConsole
+
+from growth_megatron.config.schema import LoggingConfig, WandbConfig
+from growth_megatron.errors import ConfigError, DataError
+from growth_megatron.train import trackers
+from growth_megatron.train.console import LineConsole, LiveConsole, Position, count, duration, event_line
+from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
+
+STAGES = {"base": 20, "grown": 40}
+
+
+def train_fields(step: int, stage: str = "base", **changes: Any) -> dict[str, Any]:
+    values = {
+        "step": step, "stage": stage, "stage_step": step, "consumed_tokens": step * 1000, "consumed_samples": step * 8,
+        "flops": step * 1e9, "loss": 5.0 - step / 100, "grad_norm": 1.25, "learning_rate": 3e-4,
+        "tokens_per_s": 12345.6, "tflops_per_s": 0.0213, "mfu": None, "step_time_s": 0.5, "data_time_s": 0.01,
+        "memory_bytes": 1_520_000_000,
+    }  # fmt: skip
+    return values | changes
+
+
+@pytest.fixture
+def logger(tmp_path: Path):
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as opened:
+        yield opened
+
+
+def steps(path: Path) -> list[tuple[str, Any]]:
+    return [(record["kind"], record.get("step")) for record in read_metrics(path)]
+
+
+def test_a_training_record_has_all_fields_in_the_documented_order(logger: MetricsLogger, tmp_path: Path) -> None:
+    shuffled = dict(reversed(train_fields(1).items()))
+    del shuffled["memory_bytes"]
+    logger.log("train", **shuffled, time=17.0)
+    line = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(line)
+    assert list(record) == ["kind", *FIELDS["train"], "time"]
+    assert (record["kind"], record["memory_bytes"], record["time"]) == ("train", None, 17.0)
+
+
+def test_a_record_is_on_disk_before_log_returns(logger: MetricsLogger, tmp_path: Path) -> None:
+    logger.log("event", message="one")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_becomes_null_and_an_event(
+    logger: MetricsLogger, tmp_path: Path, value: float
+) -> None:
+    logger.log("train", **train_fields(3, loss=value))
+    loss, event = read_metrics(tmp_path)
+    assert loss["loss"] is None
+    assert (event["kind"], event["event"], event["step"]) == ("event", "non_finite", 3)
+    assert event["message"] == f"loss of the train record is {value}"
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_tensors_and_numpy_scalars_become_numbers(logger: MetricsLogger, tmp_path: Path) -> None:
+    torch, numpy = pytest.importorskip("torch"), pytest.importorskip("numpy")
+    logger.log("train", **train_fields(1, loss=torch.tensor(2.5), grad_norm=numpy.float32(0.5)))
+    record = read_metrics(tmp_path)[0]
+    assert (record["loss"], record["grad_norm"]) == (2.5, 0.5)
+
+
+def test_an_unknown_kind_is_refused(logger: MetricsLogger) -> None:
+    with pytest.raises(ValueError, match="unknown kind of metrics 'trian'; allowed: train"):
+        logger.log("trian", step=1)
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as first:
+        first.log("event", message="started")
+        for step in range(1, 8):
+            first.log("train", **train_fields(step))
+            if step == 5:
+                first.log("checkpoint", step=5, path="checkpoints/step_00000005", seconds=1.0, bytes=10)
+        first.log("event", message="about to die")
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as second:
+        second.rewind(5)
+        for step in range(6, 9):
+            second.log("train", **train_fields(step))
+    assert steps(tmp_path) == [
+        ("event", None), *(("train", step) for step in range(1, 6)), ("checkpoint", 5),
+        ("train", 6), ("train", 7), ("train", 8),
+    ]  # fmt: skip
+
+
+def test_rewind_to_a_stages_end_forgets_the_growth_only_if_it_is_to_come(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+        logger.log("train", **train_fields(20))
+        logger.log("validation", step=20, validation_loss=4.0)
+        logger.log("growth", step=20, operator="stack")
+        logger.log("validation", step=20, validation_loss=4.1)
+        logger.log("train", **train_fields(21, "grown"))
+        logger.rewind(20)
+        assert steps(tmp_path) == [("train", 20), ("validation", 20), ("growth", 20), ("validation", 20)]
+        logger.rewind(20, before_growth=True)
+        assert steps(tmp_path) == [("train", 20), ("validation", 20)]
+
+
+def test_rewind_of_a_new_run_does_nothing(logger: MetricsLogger, tmp_path: Path) -> None:
+    logger.rewind(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped_and_later_lines_are_whole(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+        logger.log("train", **train_fields(1))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    assert steps(tmp_path) == [("train", 1)]
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+        logger.log("train", **train_fields(2))
+    assert steps(tmp_path) == [("train", 1), ("train", 2)]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "event"}\nrubbish\n{"kind": "event"}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object"):
+        read_metrics(tmp_path)
+
+
+def test_a_directory_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist; give the run.directory"):
+        read_metrics(tmp_path)
+
+
+def test_null_metrics_takes_the_same_calls() -> None:
+    null = NullMetrics()
+    null.log("train", **train_fields(1))
+    null.progress(1, "base")
+    null.rewind(1)
+    null.close()
+
+
+def test_lines_are_aligned_and_carry_units(capsys: pytest.CaptureFixture[str]) -> None:
+    console = LineConsole(Position(STAGES, None))
+    console.record({"kind": "train"} | train_fields(9, loss=10.5, tokens_per_s=999.0, mfu=None))
+    console.record({"kind": "train"} | train_fields(20, loss=3.25, tokens_per_s=123_456.0, mfu=0.4123))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split("  ETA")[0] == (
+        "step  9/60  base  9/20  loss 10.5000  lr 3.00e-04  grad norm   1.250  tokens/s   999  "
+        "TFLOP/s per device 0.0213  MFU    n/a  memory 1.52 GB"
+    )
+    assert "tokens/s  123k" in second
+    assert "MFU 41.2 %" in second
+    assert first.index("memory") == second.index("memory")
+
+
+def test_events_are_lines_of_their_own() -> None:
+    checkpoint = {
+        "kind": "checkpoint", "step": 20, "path": "runs/a/checkpoints/step_00000020", "seconds": 2.0,
+        "blocking_seconds": 0.5, "bytes": 3_000_000_000,
+    }  # fmt: skip
+    assert event_line(checkpoint) == (
+        "checkpoint  step 20  saved runs/a/checkpoints/step_00000020  3.00 GB in 2.0s (1.50 GB/s), training waited 0.5s"
+    )
+    growth = {
+        "kind": "growth", "step": 20, "operator": "stack", "source_geometry": {"num_layers": 6, "hidden_size": 64},
+        "target_geometry": {"num_layers": 24, "hidden_size": 64}, "validation_loss_before": 4.0,
+        "validation_loss_after": 4.5, "optimizer_state": "reset", "seconds": 0.02, "bytes_written": 15_600,
+    }  # fmt: skip
+    assert event_line(growth) == (
+        "growth      step 20  stack: 6 layers x 64 -> 24 layers x 64, validation loss 4.0000 -> 4.5000, "
+        "optimizer state reset, 0.0s, 15.6 kB written"
+    )
+    assert event_line({"kind": "validation", "step": 20, "validation_loss": None}) == (
+        "validation  step 20  validation loss n/a"
+    )
+
+
+def test_the_live_view_shows_both_bars_and_survives_markup_in_events() -> None:
+    screen = io.StringIO()
+    output = RichConsole(file=screen, force_terminal=True, width=120, color_system=None)
+    console = LiveConsole(output, Position(STAGES, 60e9))
+    console.record({"kind": "train"} | train_fields(10))
+    console.record({"kind": "event", "message": "[/bold] not markup"})
+    console.progress(11, "base")
+    console.close()
+    text = screen.getvalue()
+    assert "[/bold] not markup" in text
+    for part in ("stage base", "11/20 steps", "11/60 steps", "4.9000", "12.3k"):
+        assert part in text
+
+
+def test_remaining_time_of_a_growing_run_goes_by_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("growth_megatron.train.console.time.monotonic", lambda: now[0])
+    position = Position(STAGES, total_flops=20e9 + 40 * 4e9)  # a grown step costs four times as much
+    for step in range(1, 11):
+        now[0] = float(step)
+        position.move(step, "base")
+        position.measure({"step": step, "flops": step * 1e9})
+    record = {"flops": 10e9}
+    assert position.stage_eta_s(record) == pytest.approx(10)
+    assert position.run_eta_s(record) == pytest.approx(10 + 160)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (7, "7"), (999.4, "999"), (1500, "1.50k"), (12345, "12.3k"), (7.31e9, "7.31G")]
+)
+def test_counts_have_three_digits(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0s"), (12.2, "12s"), (245, "4m 05s"), (12000, "3h 20m"), (100_000, "1d 03h")]
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("logging", "package"),
+    [(LoggingConfig(tensorboard=True), "tensorboard"), (LoggingConfig(wandb=WandbConfig()), "wandb")],
+)
+def test_an_output_whose_package_is_missing_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging: LoggingConfig, package: str
+) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install 'growth-megatron\[{package}\]'"):
+        MetricsLogger(tmp_path, logging, STAGES)
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsLogger(tmp_path, LoggingConfig(tensorboard=True), STAGES) as logger:
+        for step in range(1, 6):
+            logger.log("train", **train_fields(step, loss=1.0))
+    with MetricsLogger(tmp_path, LoggingConfig(tensorboard=True), STAGES) as logger:
+        logger.rewind(3)
+        for step in range(4, 7):
+            logger.log("train", **train_fields(step, loss=2.0))
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+
+
+WANDB_RUN = """
+import sys
+from pathlib import Path
+from growth_megatron.config.schema import LoggingConfig, WandbConfig
+from growth_megatron.train.metrics import MetricsLogger
+with MetricsLogger(Path(sys.argv[1]), LoggingConfig(wandb=WandbConfig()), {"base": 5}, config={"a": 1}) as logger:
+    logger.log("validation", step=1, validation_loss=4.0)
+"""
+
+
+def test_wandb_is_offline_without_a_key_and_goes_on_with_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    ids = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path)], check=True, timeout=120)
+        ids.append((tmp_path / "wandb_run_id").read_text())
+    assert ids[0] == ids[1]
+    runs = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
+    assert runs
+    assert all(name.endswith(ids[0].strip()) for name in runs)
+
+
+@pytest.mark.parametrize(
+    ("variables", "netrc", "mode"),
+    [
+        ({}, "", "offline"),
+        ({"WANDB_API_KEY": "k"}, "", "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "", "disabled"),
+        ({}, "machine api.wandb.ai login user password k\n", "online"),
+        ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password k\n", "offline"),
+    ],
+)
+def test_wandb_is_online_where_a_key_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], netrc: str, mode: str
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text(netrc)
+    (tmp_path / ".netrc").chmod(0o600)
+    assert trackers._wandb_mode() == mode
