@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ Handler = Callable[[argparse.Namespace], int]
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code (``growth_megatron.errors``)."""
     options = _parser().parse_args(arguments)
+    # What megatron-core lacks on this machine is known and handled; it says so once per import.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         return int(options.handler(options))
     except GrowthMegatronError as error:

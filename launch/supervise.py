@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         supervisor = Supervisor(cluster, Path(config.run.directory), [arguments.config, *arguments.overrides])
         return supervisor.run(arguments.nnodes * arguments.nproc)
     except GrowthMegatronError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"growth-megatron train: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 

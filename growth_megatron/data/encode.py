@@ -10,7 +10,7 @@ import io
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -121,8 +121,12 @@ def _run_task(task: Task, tokenizer_path: Path, text_field: str) -> Encoded:
     return encode_task(_loaded(tokenizer_path), task, text_field)
 
 
-def encode_corpus(sources: Sequence[Source], tokenizer: Tokenizer, workers: int, text_field: str) -> Iterator[Encoded]:
+def encode_corpus(
+    sources: Sequence[Source], tokenizer: Tokenizer, workers: int, text_field: str
+) -> Generator[Encoded, None, None]:
     """Results in the order of the corpus, at most ``4 * workers`` tasks ahead of the consumer.
+
+    Closing the generator ends the workers.
 
     Raises: DataError for a file that cannot be read as text, or where a worker died.
     """

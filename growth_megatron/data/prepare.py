@@ -146,9 +146,10 @@ def prepare_data(
     reader = Tokenizer(tokenizer)
     sources = list_sources(inputs)
     progress = PreparationProgress(sum(source.size_bytes for source in sources), progress_stream)
-    with _outputs(prefixes, reader.vocab_size) as outputs, progress:
+    results = contextlib.closing(encode_corpus(sources, reader, workers, text_field))
+    with _outputs(prefixes, reader.vocab_size) as outputs, progress, results as encoded_tasks:
         text_bytes = empty = seen = 0
-        for encoded in encode_corpus(sources, reader, workers, text_field):
+        for encoded in encoded_tasks:
             start = 0
             for end in numpy.cumsum(encoded.lengths).tolist():
                 seen += 1

@@ -40,12 +40,15 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def start(timeout_s: float = 1800.0) -> None:
-    """Join the default process group (nccl with CUDA, else gloo), also as a world of one without torchrun."""
+def start(timeout_s: float = 1800.0) -> bool:
+    """Join the default process group (nccl with CUDA, else gloo), also as a world of one without torchrun.
+
+    Returns: False if the process was in one already; whoever started it stops it.
+    """
     adapt_megatron_to_cpu()
     fix_megatron()
     if dist.is_initialized():
-        return
+        return False
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -56,6 +59,7 @@ def start(timeout_s: float = 1800.0) -> None:
     else:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+    return True
 
 
 def set_layout(parallel: ParallelConfig, seed: int) -> None:

@@ -142,7 +142,8 @@ class StageLoop:
         if self._due(self.config.evaluation.interval_steps):
             self.validate()
         self._commit_pending(wait=False)
-        if self._due(self.config.checkpoint.interval_steps) and not result.stop_requested:
+        last = result.stop_requested or self.progress.ends_stage(self.config)  # run() saves there, after validation
+        if self._due(self.config.checkpoint.interval_steps) and not last:
             self._save(self.config.checkpoint.async_save)
         return result.stop_requested
 

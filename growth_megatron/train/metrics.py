@@ -197,8 +197,8 @@ def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any
         at = record.get("step")
         if at is not None:
             keep = at <= step and (keep or at < step)
-            if before_growth and at == step and record["kind"] == "growth":
-                keep = False
+            if before_growth and at == step and "grow" in (record["kind"][:4], record.get("event")):
+                keep = False  # from the event that announces a growth, or its record, on
         if keep:
             yield record
 

@@ -60,7 +60,7 @@ def train(loaded: LoadedConfig) -> int:
         check_world_size(config, index, required_world_size(config, index, world_size))
     stop = StopRequest()
     stop.install()
-    process_groups.start()
+    started = process_groups.start()
     directory = RunDirectory(config.run.directory)
     rank = process_groups.rank_from_environment()
     metrics: Metrics = NullMetrics()
@@ -78,7 +78,8 @@ def train(loaded: LoadedConfig) -> int:
         return code
     finally:
         metrics.close()
-        process_groups.stop()
+        if started:
+            process_groups.stop()
 
 
 def required_world_size(config: RunConfig, stage: int, world_size: int) -> int:

@@ -23,6 +23,7 @@ from growth_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from growth_megatron.errors import CheckpointError
+from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint
 
 
@@ -171,3 +172,12 @@ def test_validation_losses_are_noted_in_the_newest_growth(checkpoint: Path) -> N
     assert validate_checkpoint(checkpoint, full=True) is None
     assert noted.lineage[0].validation_loss_before is None
     assert (noted.lineage[1].validation_loss_before, noted.lineage[1].validation_loss_after) == (3.5, 3.6)
+
+
+def test_a_kill_while_losses_are_noted_leaves_the_checkpoint_valid(checkpoint: Path) -> None:
+    write_manifest(checkpoint, read_manifest(checkpoint).model_copy(update={"lineage": (_record(),)}))
+    for after in range(4):
+        with pytest.raises(Killed):
+            record_validation_losses(checkpoint, 3.5, 3.6, DyingFiles(after))
+        assert validate_checkpoint(checkpoint) is None
+    record_validation_losses(checkpoint, 3.5, 3.6, DyingFiles(4))

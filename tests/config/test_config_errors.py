@@ -184,7 +184,12 @@ def test_a_misspelt_required_key_is_not_also_missing(write, valid):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "is empty"), ("# only a comment\n", "is empty"), ("- a\n", "must be a mapping"), ("3\n", "must be a mapping")],
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n", "must be a mapping"),
+        ("3\n", "must be a mapping"),
+    ],
 )
 def test_file_without_sections(write, text, words):
     message = _error(write(text))

@@ -80,7 +80,9 @@ def test_precedence_base_file_override_and_stage(write, valid):
     path = write("base: base.yaml\n" + valid)
     assert load_config(path).config.run.seed == 7
     assert load_config(path).config.stages[0].training.steps == 20
-    config = load_config(path, ["run.seed=8", "schedule.learning_rate=3e-4", "run.seed=9", "training.tokens=2048"]).config
+    config = load_config(
+        path, ["run.seed=8", "schedule.learning_rate=3e-4", "run.seed=9", "training.tokens=2048"]
+    ).config
     assert config.run.seed == 9
     assert config.stages[1].schedule.learning_rate == 3e-4
     assert config.stages[0].training.steps is None
@@ -119,7 +121,9 @@ def test_empty_sections_change_nothing(write, valid):
 
 
 def test_anchors_and_merge_keys(write, valid):
-    text = valid.replace("  - name: base\n", "  - name: base\n    schedule: &slow {learning_rate: 1e-5, warmup_steps: 2}\n")
+    text = valid.replace(
+        "  - name: base\n", "  - name: base\n    schedule: &slow {learning_rate: 1e-5, warmup_steps: 2}\n"
+    )
     text += "    schedule: {<<: *slow, warmup_steps: 1}\n"
     schedule = load_config(write(text)).config.stages[1].schedule
     assert (schedule.learning_rate, schedule.warmup_steps) == (1e-5, 1)
@@ -130,10 +134,19 @@ def test_text_is_the_file_itself_without_includes_and_overrides(write, valid):
 
 
 def test_effective_text_keeps_comments_and_loads_to_the_same(write, valid):
-    write("# about the optimizer\noptimizer:\n  beta1: 0.8  # low\n\nlogging:\n  # seldom\n  interval_steps: 100\n", "b.yaml")
+    write(
+        "# about the optimizer\noptimizer:\n  beta1: 0.8  # low\n\nlogging:\n  # seldom\n  interval_steps: 100\n",
+        "b.yaml",
+    )
     text = "# the header\nbase: b.yaml\n\n" + valid.replace("  - name: grown", "  # four times\n  - name: grown")
     loaded = load_config(write(text), ["run.seed=11"])
-    for comment in ("# the header", "# about the optimizer", "beta1: 0.8  # low", "  # seldom", "  # four times\n  - name"):
+    for comment in (
+        "# the header",
+        "# about the optimizer",
+        "beta1: 0.8  # low",
+        "  # seldom",
+        "  # four times\n  - name",
+    ):
         assert comment in loaded.text
     again = load_config(write(loaded.text, "effective.yaml"))
     assert again.config == loaded.config

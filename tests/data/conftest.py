@@ -14,7 +14,7 @@ from growth_megatron.config.schema import DataConfig
 from growth_megatron.data.prepare import prepare_data
 from growth_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
-WORDS = "the of and to in union states congress people year law war peace tax road river 1 12 345".split()
+WORDS = ["the", "of", "and", "union", "states", "congress", "people", "year", "law", "peace", "tax", "road", "1", "345"]
 VOCABULARY = 320
 
 

@@ -11,7 +11,8 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from growth_megatron.data import encode as encode_module
+from growth_megatron.data.corpus import list_sources
+from growth_megatron.data.encode import make_tasks
 from growth_megatron.data.prepare import prepare_data
 from growth_megatron.data.prepared import read_description
 from growth_megatron.data.tokenizer import Tokenizer
@@ -57,19 +58,13 @@ def test_documents_come_back_in_order_each_ended_by_eos(tmp_path: Path, tokenize
 
 
 def test_output_is_the_same_at_any_number_of_workers(mixed: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert len(list(encode_module.make_tasks(encode_module_sources(mixed)))) >= 4
+    assert len(list(make_tasks(list_sources([mixed])))) >= 4
     for workers in (1, 2):
         run(mixed, tokenizer, tmp_path / f"w{workers}", workers, validation_every=10)
     for part in ("", "_validation"):
         for suffix in SUFFIXES:
             one, two = (tmp_path / f"w{workers}{part}{suffix}" for workers in (1, 2))
             assert one.read_bytes() == two.read_bytes()
-
-
-def encode_module_sources(folder: Path):
-    from growth_megatron.data.corpus import list_sources
-
-    return list_sources([folder])
 
 
 def test_every_nth_document_is_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -124,7 +119,8 @@ def test_output_that_cannot_be_written(corpus: Path, tokenizer: Tokenizer, tmp_p
 def test_a_field_other_than_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "the people"}) + "\n")
     run(tmp_path / "a.jsonl", tokenizer, tmp_path / "a", text_field="body")
-    assert tokenizer.decode(IndexedDataset(str(tmp_path / "a"))[0][:-1]) == "the people"
+    dataset = IndexedDataset(str(tmp_path / "a"))  # held: its rows are views that die with it
+    assert tokenizer.decode(dataset[0][:-1]) == "the people"
 
 
 def test_progress_is_plain_lines_away_from_a_terminal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_large_corpus_is_thinned_evenly_and_long_lines_are_kept(tmp_path: Path
     lines = sample_lines(list_sources([tmp_path]), max_bytes=10_000)
     numbers = [int(line.split()[1]) for line in lines]
     assert 4_000 < sum(map(len, lines)) <= 10_000
-    assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} == {16}
+    assert {b - a for a, b in itertools.pairwise(numbers)} == {16}
     assert numbers[-1] > 9_900
     (tmp_path / "a.txt").write_text("word " * 20_000)
     lines = sample_lines(list_sources([tmp_path]), max_bytes=10**9)

@@ -182,7 +182,7 @@ def test_a_signal_reaches_the_workers_once_and_they_take_their_time(trainer: Pat
 def test_a_bad_configuration_shows_once_before_any_worker_starts(trainer: Path) -> None:
     returned, out, err = finish(start("torchrun.sh", trainer, "", "-n", "2", override="typo=1"))
     assert (returned, out) == (2, "")
-    assert err == "error: unknown key typo; allowed: model, data\n"
+    assert err == "growth-megatron train: unknown key typo; allowed: model, data\n"
 
 
 @pytest.mark.parametrize(

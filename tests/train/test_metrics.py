@@ -100,11 +100,12 @@ def test_rewind_to_a_stages_end_forgets_the_growth_only_if_it_is_to_come(tmp_pat
     with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
         logger.log("train", **train_fields(20))
         logger.log("validation", step=20, validation_loss=4.0)
-        logger.log("growth", step=20, operator="stack")
+        logger.log("event", step=20, event="grow", message="grew")
         logger.log("validation", step=20, validation_loss=4.1)
+        logger.log("growth", step=20, operator="stack")
         logger.log("train", **train_fields(21, "grown"))
         logger.rewind(20)
-        assert steps(tmp_path) == [("train", 20), ("validation", 20), ("growth", 20), ("validation", 20)]
+        assert [kind for kind, _ in steps(tmp_path)] == ["train", "validation", "event", "validation", "growth"]
         logger.rewind(20, before_growth=True)
         assert steps(tmp_path) == [("train", 20), ("validation", 20)]
 

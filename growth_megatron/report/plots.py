@@ -1,0 +1,119 @@
+"""Pictures of a run.
+
+Owns: the loss curve against tokens and FLOPs.
+Does not own: the figures (``report.curves``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from growth_megatron.errors import ConfigError, DataError
+from growth_megatron.train.console import geometry
+from growth_megatron.train.metrics import read_metrics
+
+_TRAIN, _VALIDATION, _GROWTH = "#2b6cb0", "#c05621", "#4a5568"
+
+
+def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
+    """Training loss (raw faint, smoothed) and validation loss against tokens and against FLOPs; growths are marked.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        DataError: no training step in the metrics yet.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a plot needs matplotlib, which is not installed; pip install 'growth-megatron[plot]'")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional; without pyplot's global state
+    from matplotlib.figure import Figure
+
+    directory, output = Path(run_directory), Path(output_png)
+    records = read_metrics(directory)
+    train = [r for r in records if r["kind"] == "train" and r.get("loss") is not None]
+    if not train:
+        raise DataError(f"{directory} has no training loss in its metrics yet; let the run go on first")
+    validation = [r for r in records if r["kind"] == "validation" and r.get("validation_loss") is not None]
+    figure = Figure(figsize=(11, 4.4), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, quantity, unit in zip(axes, ("consumed_tokens", "flops"), ("tokens", "FLOPs"), strict=True):
+        _panel(axis, quantity, unit, train, validation, [r for r in records if r["kind"] == "growth"])
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[0].legend(frameon=False, loc="upper right")
+    figure.suptitle(directory.resolve().name, fontsize=11, x=0.01, ha="left", fontweight="bold")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return output
+
+
+def smooth(values: Sequence[float], half_width: int) -> list[float]:
+    """Centred moving average, narrower towards both ends, so that it neither lags nor bends them."""
+    smoothed = []
+    for index in range(len(values)):
+        reach = min(half_width, index, len(values) - 1 - index)
+        window = values[index - reach : index + reach + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
+
+
+def _panel(
+    axis: Any, quantity: str, unit: str, train: Sequence[Any], validation: Sequence[Any], growths: Sequence[Any]
+) -> None:
+    losses = [r["loss"] for r in train]
+    scale, label = _scaled(train[-1][quantity], unit)
+    axis.plot([r[quantity] / scale for r in train], losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    for stage in dict.fromkeys(r["stage"] for r in train):  # smoothing across a growth would hide its jump
+        part = [r for r in train if r["stage"] == stage]
+        x = [r[quantity] / scale for r in part]
+        axis.plot(x, smooth([r["loss"] for r in part], len(train) // 50), color=_TRAIN, linewidth=1.7,
+                  label="training" if part[0] is train[0] else None)  # fmt: skip
+    points = [(r[quantity] / scale, r["validation_loss"]) for r in validation]
+    if points:
+        axis.plot(*zip(*points, strict=True), color=_VALIDATION, marker="o", markersize=3.5, linewidth=1.2,
+                  label="validation")  # fmt: skip
+    axis.set_ylim(*_limits(losses, [loss for _, loss in points]))
+    for growth in growths:
+        at = [r[quantity] for r in (*train, *validation) if r["step"] <= growth["step"]]
+        if at:
+            _mark_growth(axis, max(at) / scale, growth)
+    axis.set_xlabel(label)
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_growth(axis: Any, x: float, growth: Any) -> None:
+    axis.axvline(x, color=_GROWTH, linewidth=1, linestyle=(0, (4, 3)))
+    late = x > 0.7 * axis.get_xlim()[1]
+    axis.annotate(f"{growth.get('operator')}\n{_change(growth)}", (x, 1), xycoords=("data", "axes fraction"),
+                  xytext=(-5 if late else 5, -4), textcoords="offset points", ha="right" if late else "left", va="top",
+                  fontsize=8, color=_GROWTH)  # fmt: skip
+
+
+def _change(growth: Any) -> str:
+    source, target = growth.get("source_geometry"), growth.get("target_geometry")
+    if isinstance(source, Mapping) and isinstance(target, Mapping) and source["hidden_size"] == target["hidden_size"]:
+        return f"{source['num_layers']} → {target['num_layers']} layers"
+    return f"{geometry(source)}\n→ {geometry(target)}"
+
+
+def _limits(train: Sequence[float], validation: Sequence[float]) -> tuple[float, float]:
+    """The fall from the random start runs off the top, so that the rest has the height."""
+    early = sorted(train[len(train) // 50 : len(train) // 50 + 5])
+    high = max([early[len(early) // 2], *validation])
+    low = min([*train, *validation])
+    margin = 0.05 * max(high - low, 1e-3)
+    return low - margin, high + margin
+
+
+def _scaled(largest: float, unit: str) -> tuple[float, str]:
+    """The power of 1000 that brings the largest value to 1 to 1000, and the axis label that says so."""
+    power = int(math.log10(largest) // 3) * 3 if largest >= 1000 else 0
+    names = {0: unit, 3: f"thousand {unit}", 6: f"million {unit}", 9: f"billion {unit}", 12: f"trillion {unit}"}
+    if power and (unit == "FLOPs" or power not in names):
+        return 10.0**power, f"{unit} ($10^{{{power}}}$)"
+    return 10.0**power, names[power]

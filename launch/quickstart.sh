@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+    cat <<'USAGE'
+From a fresh checkout to a grown model: environment, corpus, tokenizer, data, training, report.
+
+    bash launch/quickstart.sh [a.b=c ...]
+
+    a.b=c   overrides of configs/quickstart.yaml
+
+Asks nothing, needs no GPU, writes only to .venv, data/ and runs/. What is finished is skipped; interrupted, the same
+command goes on where it was. Minutes on two cores, after the downloads (torch, and 4.5 MB of speeches).
+
+Examples
+    bash launch/quickstart.sh
+    bash launch/quickstart.sh run.directory=runs/carry stages.grown.growth.optimizer_state=carry
+
+Environment
+    GROWTH_MEGATRON_VENV   virtual environment (default: .venv in the checkout)
+    QUICKSTART_PROCESSES   number of ranks (default 2)
+USAGE
+}
+
+step() {
+    echo
+    echo "== $*"
+}
+
+case ${1:-} in
+    -h | --help) usage; exit 0 ;;
+esac
+cd "$repository"
+config=configs/quickstart.yaml
+
+step "1/6 environment"
+environment_install plot
+python=$venv/bin/python
+export PATH=$venv/bin:$PATH
+
+# The configuration says where everything is; nothing is written down twice.
+settings=$("$python" - "$config" "$@" <<'PYTHON'
+import sys
+
+from growth_megatron.config.load import load_config
+from growth_megatron.errors import GrowthMegatronError
+
+try:
+    config = load_config(sys.argv[1], sys.argv[2:]).config
+except GrowthMegatronError as error:
+    sys.exit(f"growth-megatron train: {error}")
+print(config.data.tokenizer, config.data.train[0].path, config.data.validation[0].path)
+print(config.stages[0].model.vocab_size, config.run.directory)
+PYTHON
+) || exit 2
+read -r -d '' tokenizer train validation vocab_size run <<<"$settings" || true
+data=$(dirname "$tokenizer")
+
+step "2/6 corpus"
+"$python" tools/fetch_corpus.py "$data/corpus"
+
+step "3/6 tokenizer"
+if [ -f "$tokenizer" ]; then
+    echo "$tokenizer is there already"
+else
+    growth-megatron train-tokenizer "$data/corpus/train" --output "$tokenizer" --vocab-size "$vocab_size"
+fi
+
+step "4/6 data"
+for part in train validation; do
+    prefix=${!part}
+    if [ -f "$prefix.bin" ] && [ -f "$prefix.idx" ]; then
+        echo "$prefix.bin is there already"
+    else
+        growth-megatron prepare-data "$data/corpus/$part" --tokenizer "$tokenizer" --output "$prefix"
+    fi
+done
+
+step "5/6 training (continues where it was; logs and checkpoints in $run)"
+processes=${QUICKSTART_PROCESSES:-2}
+echo "bash launch/torchrun.sh -n $processes $config $*"
+bash launch/torchrun.sh -n "$processes" "$config" "$@"
+
+step "6/6 report"
+growth-megatron report "$run"
