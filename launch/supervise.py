@@ -102,18 +102,19 @@ def _leads_its_group(pid: int) -> bool:
 
 
 def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
-    """The exit code of a failed attempt: a documented one if all agree on it, else that of the fault that came first.
+    """The exit code of a failed attempt: the documented one that the ranks ended with, 1 if one of them broke down.
 
-    Ranks that the agent killed because another had ended carry a negative code and do not count beside a positive one.
+    The agent ends the ranks that are left with SIGTERM, so that signal says nothing beside another cause; and a rank
+    that dies makes the others fail in the next collective, so a signal counts as one second earlier than it was seen.
     """
-    own = {rank: failure for rank, failure in failures.items() if failure.exitcode > 0} or dict(failures)
+    own = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM} or failures
     faults = {rank: f for rank, f in own.items() if f.exitcode not in (EXIT_STOPPED_EARLY, EXIT_NEXT_LAYOUT)} or own
-    rank, first = min(faults.items(), key=lambda item: (item[1].timestamp, item[0]))
+    rank, first = min(faults.items(), key=lambda item: (item[1].timestamp + (item[1].exitcode > 0), item[0]))
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         cause = " (often: the host ran out of memory)" if name == "SIGKILL" else ""
         say(f"rank {rank} was killed by {name}{cause}")
-        return 128 - first.exitcode
+        return EXIT_FAULT
     if first.exitcode == EXIT_FAULT:
         say(f"rank {rank} ended with exit code 1; its message is above and in the run's logs/rank_{rank}.log")
     return first.exitcode

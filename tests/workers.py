@@ -103,3 +103,80 @@ def losses_without_gain_reduction(layout: dict[str, Any]) -> dict[str, Any]:
 
     engine.build_model_chunks = unmarked
     return losses_of_layouts([{"layout": layout}])[0]
+
+
+def train_all(runs: list[dict[str, Any]]) -> list[int]:
+    """Exit codes of training each of ``runs`` (``config``, ``overrides``) one after the other in this world."""
+    from growth_megatron.config.load import load_config
+    from growth_megatron.train.stages import train
+
+    return [train(load_config(run["config"], run.get("overrides", []))) for run in runs]
+
+
+def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps: int) -> None:
+    """Train ``steps`` updates at ``layout`` and save into ``directory`` with a manifest."""
+    import dataclasses
+    from pathlib import Path
+
+    from growth_megatron.checkpoint.manifest import Manifest, library_version
+    from growth_megatron.checkpoint.run_directory import RunDirectory
+    from growth_megatron.checkpoint.sharded import Saver
+    from growth_megatron.train.progress import Progress
+
+    stage = stage_of(layout, model)
+    run = RunDirectory(Path(directory))
+    with fresh_engine(stage) as engine:
+        progress = Progress()
+        for step in range(steps):
+            engine.train_step(batches(step, stage), 1e-3)
+            progress = progress.after_step(stage)
+        folder = process_groups.on_rank_zero(lambda: run.begin(steps))
+        Saver().save(folder, engine.models, engine.optimizer, in_background=False)
+        manifest = Manifest(
+            library_version=library_version(),
+            **dataclasses.asdict(progress),
+            geometry=stage.model,
+            layout=stage.parallel,
+            world_size=torch.distributed.get_world_size(),
+        )
+        process_groups.on_rank_zero(lambda: str(run.commit(manifest)))
+
+
+def save_all_at(cases: list[dict[str, Any]]) -> None:
+    for case in cases:
+        save_at(**case)
+
+
+def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Load ``source`` at ``layout`` and save it into ``target``, then take one step; says what moved."""
+    from pathlib import Path
+
+    from growth_megatron.checkpoint.sharded import Saver, load_into_model
+
+    results = []
+    for case in cases:
+        stage = stage_of(case["layout"], case["model"])
+        with fresh_engine(stage, seed=99) as engine:
+            load_into_model(Path(case["source"]), engine.models, engine.optimizer)
+            target = Path(case["target"])
+            process_groups.on_rank_zero(lambda target=target: target.mkdir())
+            Saver().save(target, engine.models, engine.optimizer, in_background=False)
+            before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in engine.models]
+            engine.train_step(batches(50, stage), 1e-3)
+            moved = [
+                not torch.equal(old[name], param)
+                for old, model in zip(before, engine.models, strict=True)
+                for name, param in model.named_parameters()
+            ]
+            results.append({"parameters": len(moved), "moved": sum(moved), "in_optimizer": _optimizer_elements(engine)})
+    return results
+
+
+def _optimizer_elements(engine: Engine) -> list[int]:
+    """Elements of this rank's model parameters, and those its data-parallel group's optimizers hold, and distinct ones."""
+    held = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
+    total = torch.tensor([held])
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    pointers = [p.data_ptr() for group in engine.optimizer.param_groups for p in group["params"] if p.numel()]
+    assert len(set(pointers)) == len(pointers), "a parameter is in the optimizer twice"
+    return [sum(p.numel() for model in engine.models for p in model.parameters()), int(total)]

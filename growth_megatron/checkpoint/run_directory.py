@@ -183,8 +183,8 @@ class RunDirectory:
         existing += [str(path) for path in (self.path / "metrics.jsonl",) if path.exists()]
         if existing:
             raise ConfigError(
-                f"checkpoint.resume is never, but {self.path} holds a run already ({existing[0]}); set it to auto to go "
-                "on with that run, choose another run.directory, or remove the folder yourself"
+                f"checkpoint.resume is never, but {self.path} holds a run already ({existing[0]}); set it to auto to "
+                "go on with that run, choose another run.directory, or remove the folder yourself"
             )
         return ResumeChoice(None, None)
 

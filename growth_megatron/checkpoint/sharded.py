@@ -10,8 +10,9 @@ rules apply to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,9 @@ from megatron.core.transformer.module import MegatronModule
 from growth_megatron.checkpoint.source import DistCheckpoint
 from growth_megatron.errors import CheckpointError
 
-FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+FORMAT: Mapping[str, Any] = MappingProxyType(
+    {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+)
 
 
 class ReadsRegions(Protocol):
@@ -68,7 +71,7 @@ class Saver:
     ) -> None:
         """Write the sharded state into ``directory``, which exists and is empty; with ``in_background`` only start to."""
         model = _model_state(chunks)
-        state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=FORMAT)}
+        state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=dict(FORMAT))}
         strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
         if parallel_state.get_data_parallel_world_size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
@@ -105,7 +108,7 @@ def load_into_model(
     state: dict[str, Any] = {"model": model}
     _check_shapes(directory, _tensor_shards(model))
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=FORMAT)
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(FORMAT))
     strategy: Any = get_default_load_sharded_strategy(str(directory))
     if parallel_state.get_data_parallel_world_size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
@@ -118,7 +121,8 @@ def load_into_model(
 
 
 def _model_state(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
-    return {f"chunk{i}": chunk.sharded_state_dict(metadata=FORMAT) for i, chunk in enumerate(chunks)}
+    # A dictionary of its own for each call: megatron-core stores the process groups of the moment in it.
+    return {f"chunk{i}": chunk.sharded_state_dict(metadata=dict(FORMAT)) for i, chunk in enumerate(chunks)}
 
 
 def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:

@@ -37,6 +37,8 @@ def growth_problems(stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
                 text = f"{here} differs from {before} of stage {source.name}; stacking changes num_layers alone"
                 problems.append((f"{where}.model.{key}", f"{text}, so keep {before}"))
         layers = target.growth.layers if target.growth else None
+        if layers is None and target.model.num_layers >= source.model.num_layers:
+            continue
         try:
             resolve_layers(layers, source.model.num_layers, target.model.num_layers)
         except ConfigError as error:

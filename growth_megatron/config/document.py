@@ -29,7 +29,7 @@ SECTIONS = frozenset(
     | {"checkpoint", "evaluation", "logging", "stages", "growth"}
 )
 
-_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,99}")
 _HEXADECIMAL = re.compile(r"0x[0-9a-fA-F_]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
@@ -214,6 +214,8 @@ def parse(text: str, name: str, *, numbered: bool = True, path: str = "") -> Nod
         raise ConfigError(
             f"{place}: not valid YAML: {reason}; check indentation (spaces, no tabs), colons and quotes here"
         ) from None
+    except RecursionError:
+        raise ConfigError(f"{name}: is nested too deeply; a configuration has a few levels only") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}; save it as plain text") from None
     if root is None:

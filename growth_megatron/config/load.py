@@ -182,15 +182,16 @@ def _valid_stages(data: dict[str, Any]) -> list[StageConfig]:
 
 def _without_effect(effective: Node, changes: Sequence[Override]) -> list[Problem]:
     """Overrides of the top level that every stage overrules."""
+    stages = effective.value["stages"].value
+    if not isinstance(stages, list) or not stages:
+        return []
     problems = []
     for change in changes:
-        stages = effective.value["stages"].value
-        if change.keys[0] not in STAGE_SECTIONS or isinstance(change.node.value, dict) or not isinstance(stages, list):
+        if change.keys[0] not in STAGE_SECTIONS or len(change.keys) == 1 or isinstance(change.node.value, dict):
             continue
         path = ".".join(change.keys)
         if not any(_written_at(stage, path) for stage in stages):
-            names = [stage.path for stage in stages]
-            text = f"has no effect, every stage sets it or its alternative; write {names[0]}.{path}=..."
+            text = f"has no effect, every stage sets it or its alternative; write {stages[0].path}.{path}=..."
             problems.append(Problem(PLACE, path, text))
     return problems
 

@@ -34,6 +34,8 @@ def parse_override(text: str) -> Override:
     keys = tuple(path.split("."))
     if not all(keys):
         raise ConfigError(f"{PLACE}: {text!r} has an empty part before or after a dot; write section.key=value")
+    if keys[0] == "base":
+        raise ConfigError(f"{PLACE}: {path}: files are included by a file only; write base: in it")
     return Override(text, keys, parse(value, PLACE, numbered=False, path=path))
 
 

@@ -107,6 +107,8 @@ def grow_checkpoint(
     manifest = _check(source, target, plan)
     checkpoint = DistCheckpoint(source)
     check_source_tensors(plan, checkpoint)
+    if policy == "carry" and not any(key.startswith(MOMENT_PREFIXES) for key in checkpoint.keys()):
+        raise GrowthError(f"optimizer_state is carry but {source} holds no optimizer state; use reset")
     zeros = Zeros(taken=manifest.files)
     metadata = grown_metadata(checkpoint.metadata, plan, zeros if policy == "reset" else None)
     common = read_common(source)

@@ -17,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from growth_megatron.config.render import format_bytes
+
 Record = Mapping[str, Any]
 
 
@@ -37,22 +39,20 @@ def open_console(stage_steps: Mapping[str, int], total_flops: float | None = Non
     return LineConsole(position)
 
 
-def count(number: float | None, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 12.3k, 1.50M, 7.31G."""
+def count(number: float | None) -> str:
+    """Three digits and a magnitude, B for billions: 12.3k, 1.50M, 6.74B."""
     if number is None:
         return "n/a"
-    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    magnitudes = ("", "k", "M", "B", "T")
     index = 0
-    while abs(number) >= 999.5 and index < len(prefixes) - 1:
+    while abs(number) >= 999.5 and index < len(magnitudes) - 1:
         number, index = number / 1000, index + 1
     digits = 0 if abs(number) >= 99.95 or (index == 0 and number == int(number)) else 1 if abs(number) >= 9.995 else 2
-    separator = " " if unit else ""
-    return f"{number:.{digits}f}{separator}{prefixes[index]}{unit}"
+    return f"{number:.{digits}f}{magnitudes[index]}"
 
 
 def size(number: float | None) -> str:
-    """Bytes in decimal units."""
-    return count(number, "B")
+    return "n/a" if number is None else format_bytes(number)
 
 
 def fixed(number: float | None, digits: int = 4) -> str:
@@ -191,7 +191,9 @@ def _growth_text(record: Record) -> str:
         text += f", validation loss {fixed(before)} -> {fixed(after)}"
     if record.get("optimizer_state"):
         text += f", optimizer state {record['optimizer_state']}"
-    return f"{text}, {duration(record.get('seconds'))}, {size(record.get('bytes_written'))} written"
+    if record.get("seconds") is not None:  # unknown where a restart came between growth and this record
+        text += f", {duration(record['seconds'])}, {size(record.get('bytes_written'))} written"
+    return text
 
 
 def _other_text(record: Record) -> str:
@@ -203,7 +205,7 @@ def _other_text(record: Record) -> str:
 
 _EVENT_TEXTS = {"validation": _validation_text, "checkpoint": _checkpoint_text, "growth": _growth_text}
 
-_WIDTHS = {"loss": 7, "lr": 8, "grad norm": 7, "tokens/s": 5, "TFLOP/s per device": 6, "MFU": 6, "memory": 7}
+_WIDTHS = {"loss": 7, "lr": 8, "grad norm": 7, "tokens/s": 5, "TFLOP/s per device": 6, "MFU": 6, "memory": 11}
 
 
 class LineConsole:

@@ -12,7 +12,7 @@ class Killed(BaseException):
 
 
 class DyingFiles(FileOperations):
-    """Dies at step ``after`` (default: never), counted over all calls; calls that write content have a step in their middle."""
+    """Dies at step ``after`` (default: never), counted over all calls; writing calls have a step in their middle."""
 
     def __init__(self, after: int = 10**9) -> None:
         self.left = after

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.checkpoint.manifest import (
@@ -43,6 +43,7 @@ def _record() -> GrowthRecord:
     )
 
 
+@settings(deadline=None)
 @given(flops=st.floats(0, 1e30), step=st.integers(0, 2**40), loss=st.floats(allow_nan=False) | st.none())
 def test_a_manifest_comes_back_as_written(
     tmp_path_factory: pytest.TempPathFactory, flops: float, step: int, loss: float | None

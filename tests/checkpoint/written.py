@@ -109,7 +109,7 @@ def write_distributed(
         metadata.storage_data[MetadataIndex(key)] = _append(streams, next(turn), data)
     for key, tensor in tensors.items():
         stacked = LAYER_PREFIX in key and not key.split(LAYER_PREFIX)[1][0].isdigit()
-        chunks = []
+        chunks: list[ChunkStorageMetadata] = []
         for offsets, chunk in _cut(tensor, parts, stacked):
             buffer = io.BytesIO()
             torch.save(chunk.clone(), buffer)

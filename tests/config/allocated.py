@@ -78,7 +78,7 @@ def states(config: StageConfig) -> dict[str, list[int]]:
 
 
 def activations(config: StageConfig) -> list[int]:
-    """Bytes that a forward pass of the whole model on one rank saves for backward: measured, planned for CPU kernels."""
+    """Bytes that one rank's forward pass saves for backward: measured, planned for CPU kernels."""
     model = build(config).models[0]
     held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, int] = {}

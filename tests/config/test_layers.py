@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.config.layers import (
@@ -74,6 +74,7 @@ def test_a_wrong_notation_is_refused_with_its_column(notation: str, column: int,
 segments = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 8))
 
 
+@settings(deadline=None)
 @given(st.lists(segments, min_size=1, max_size=6))
 def test_notation_round_trips(parts: list[tuple[list[int], int]]) -> None:
     notation = "-".join("".join(map(str, digits)) + (f"*{count}" if count > 1 else "") for digits, count in parts)
@@ -83,6 +84,7 @@ def test_notation_round_trips(parts: list[tuple[list[int], int]]) -> None:
         assert parse_layers(",".join(map(str, expected)), 6) == expected
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.integers(1, 12))
 def test_any_text_gives_layers_of_the_source_or_a_config_error(notation: str, source_layers: int) -> None:
     try:
@@ -94,6 +96,7 @@ def test_any_text_gives_layers_of_the_source_or_a_config_error(notation: str, so
     assert len(layers) <= MAX_LAYERS
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 100))
 def test_stacking_repeats_the_source_in_order(source_layers: int, more: int) -> None:
     layers = stack_layers(source_layers, source_layers + more)
@@ -113,6 +116,7 @@ def test_connection_rates_of_the_paper() -> None:
     assert connection_rate((0,)) == 1.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=30))
 def test_connection_rate_is_a_share(layers: list[int]) -> None:
     assert 0 <= connection_rate(layers) <= 1

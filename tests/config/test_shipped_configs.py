@@ -23,11 +23,11 @@ def _name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", RUNS, ids=_name)
 def test_run_loads_and_its_effective_text_loads_to_the_same(path, tmp_path):
-    loaded = load_config(path)
+    loaded = load_config(path, ["run.seed=5"])
     copy = tmp_path / "config.yaml"
-    copy.write_text(loaded.text if "base:" not in loaded.text else load_config(path, ["run.seed=1"]).text)
-    assert len(load_config(copy).config.stages) == len(loaded.config.stages)
-    plan_run(loaded.config)
+    copy.write_text(loaded.text)
+    assert load_config(copy).config == loaded.config
+    plan_run(load_config(path).config)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from growth_megatron.checkpoint.files import FileOperations
-from growth_megatron.checkpoint.manifest import read_manifest, validate_checkpoint, write_manifest
+from growth_megatron.checkpoint.manifest import (
+    checksum_files,
+    list_files,
+    read_manifest,
+    validate_checkpoint,
+    write_manifest,
+)
 from growth_megatron.checkpoint.run_directory import RunDirectory
 from growth_megatron.checkpoint.source import DistCheckpoint, read_common, whole
 from growth_megatron.config.layers import parse_layers, stack_layers
@@ -20,7 +27,14 @@ from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.alias import grow_checkpoint
 from growth_megatron.growth.plan import AxisRule, GrownSource, GrowthPlan, TensorRule, plan_depth
 from tests.checkpoint.dying_files import DyingFiles, Killed
-from tests.checkpoint.written import geometry, manifest_of, model_tensors, write_checkpoint, write_distributed
+from tests.checkpoint.written import (
+    geometry,
+    manifest_of,
+    model_tensors,
+    stack,
+    write_checkpoint,
+    write_distributed,
+)
 
 LAYERS = parse_layers("1-23*2", 3)
 SOURCE, TARGET = geometry(3), geometry(5)
@@ -93,8 +107,6 @@ def test_objects_of_the_stacked_form_are_renumbered(tmp_path: Path, plan: Growth
 
 
 def _sign(folder: Path, **changes: object) -> None:
-    from growth_megatron.checkpoint.manifest import checksum_files, list_files
-
     files = checksum_files(folder, list_files(folder))
     write_manifest(folder, manifest_of(SOURCE).model_copy(update={"files": files, **changes}))
 
@@ -303,16 +315,22 @@ def test_a_plan_that_computes_values_is_refused(source: Path, tmp_path: Path, pl
         grow_checkpoint(source, tmp_path / "t", plan, "half")
 
 
-def test_layers_stored_together_are_refused(tmp_path: Path, plan: GrowthPlan) -> None:
-    from tests.checkpoint.written import stack
+def test_weights_alone_grow_too_but_have_no_moments_to_carry(tmp_path: Path, plan: GrowthPlan) -> None:
+    write_distributed(tmp_path / "source", model_tensors(SOURCE, optimizer=False))
+    _sign(tmp_path / "source", has_optimizer_state=False)
+    with pytest.raises(GrowthError, match="holds no optimizer state; use reset"):
+        grow_checkpoint(tmp_path / "source", tmp_path / "target", plan, "carry")
+    grow_checkpoint(tmp_path / "source", tmp_path / "target", plan, "reset")
+    assert not (tmp_path / "target/zeros.distcp").exists()
+    assert_reads_as(tmp_path / "target", GrownSource(DistCheckpoint(tmp_path / "source"), plan, "reset"))
 
+
+def test_layers_stored_together_are_refused(tmp_path: Path, plan: GrowthPlan) -> None:
     write_distributed(tmp_path / "source", stack(model_tensors(SOURCE), 3))
     metadata = DistCheckpoint(tmp_path / "source").metadata
     for key, stored in metadata.state_dict_metadata.items():
         if key.startswith("decoder.layers."):
             stored.chunks = [type(stored.chunks[0])(stored.chunks[0].offsets, stored.size)]  # type: ignore[union-attr]
-    import pickle
-
     (tmp_path / "source/.metadata").write_bytes(pickle.dumps(metadata))
     _sign(tmp_path / "source")
     with pytest.raises(GrowthError, match="several layers in one chunk"):

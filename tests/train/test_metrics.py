@@ -24,7 +24,7 @@ def train_fields(step: int, stage: str = "base", **changes: Any) -> dict[str, An
         "step": step, "stage": stage, "stage_step": step, "consumed_tokens": step * 1000, "consumed_samples": step * 8,
         "flops": step * 1e9, "loss": 5.0 - step / 100, "grad_norm": 1.25, "learning_rate": 3e-4,
         "tokens_per_s": 12345.6, "tflops_per_s": 0.0213, "mfu": None, "step_time_s": 0.5, "data_time_s": 0.01,
-        "memory_bytes": 1_520_000_000,
+        "memory_bytes": 3 << 29,
     }  # fmt: skip
     return values | changes
 
@@ -152,7 +152,7 @@ def test_lines_are_aligned_and_carry_units(capsys: pytest.CaptureFixture[str]) -
     first, second = capsys.readouterr().out.splitlines()
     assert first.split("  ETA")[0] == (
         "step  9/60  base  9/20  loss 10.5000  lr 3.00e-04  grad norm   1.250  tokens/s   999  "
-        "TFLOP/s per device 0.0213  MFU    n/a  memory 1.52 GB"
+        "TFLOP/s per device 0.0213  MFU    n/a  memory    1.50 GiB"
     )
     assert "tokens/s  123k" in second
     assert "MFU 41.2 %" in second
@@ -165,7 +165,7 @@ def test_events_are_lines_of_their_own() -> None:
         "blocking_seconds": 0.5, "bytes": 3_000_000_000,
     }  # fmt: skip
     assert event_line(checkpoint) == (
-        "checkpoint  step 20  saved runs/a/checkpoints/step_00000020  3.00 GB in 2.0s (1.50 GB/s), training waited 0.5s"
+        "checkpoint  step 20  saved runs/a/checkpoints/step_00000020  2.79 GiB in 2.0s (1.40 GiB/s), training waited 0.5s"
     )
     growth = {
         "kind": "growth", "step": 20, "operator": "stack", "source_geometry": {"num_layers": 6, "hidden_size": 64},
@@ -174,7 +174,7 @@ def test_events_are_lines_of_their_own() -> None:
     }  # fmt: skip
     assert event_line(growth) == (
         "growth      step 20  stack: 6 layers x 64 -> 24 layers x 64, validation loss 4.0000 -> 4.5000, "
-        "optimizer state reset, 0.0s, 15.6 kB written"
+        "optimizer state reset, 0.0s, 15.23 KiB written"
     )
     assert event_line({"kind": "validation", "step": 20, "validation_loss": None}) == (
         "validation  step 20  validation loss n/a"
@@ -209,7 +209,7 @@ def test_remaining_time_of_a_growing_run_goes_by_flops(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (7, "7"), (999.4, "999"), (1500, "1.50k"), (12345, "12.3k"), (7.31e9, "7.31G")]
+    ("number", "text"), [(0, "0"), (7, "7"), (999.4, "999"), (1500, "1.50k"), (12345, "12.3k"), (6.74e9, "6.74B")]
 )
 def test_counts_have_three_digits(number: float, text: str) -> None:
     assert count(number) == text

@@ -1,0 +1,71 @@
+"""A small corpus, prepared once, for every test that trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="session")
+def prepared_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``tokenizer.model`` and the datasets ``train`` and ``validation``, made of random sentences."""
+    from growth_megatron.data.prepare import prepare_data
+    from growth_megatron.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "growth of a small model into one that is larger keeps what it has learned about the text it read".split()
+    generator = random.Random(5)
+    for name, documents in (("train", 60), ("validation", 6)):
+        (folder / f"text_{name}").mkdir()
+        for number in range(documents):
+            text = " ".join(generator.choice(words) + generator.choice(["", "s", "ed"]) for _ in range(200))
+            (folder / f"text_{name}" / f"{number}.txt").write_text(text)
+    train_tokenizer([folder / "text_train"], folder / "tokenizer.model", VOCABULARY)
+    for name in ("train", "validation"):
+        prepare_data([folder / f"text_{name}"], folder / "tokenizer.model", folder / name, workers=1)
+    return folder
+
+
+@pytest.fixture
+def growing_config(prepared_corpus: Path, tmp_path: Path) -> Iterator[Path]:
+    """A YAML file: 6 steps of a 2-layer model, grown to 4 layers for 4 more, in ``tmp_path/run``."""
+    content = {
+        "run": {"directory": str(tmp_path / "run"), "seed": 3},
+        "model": {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 96,
+            "vocab_size": VOCABULARY,
+            "sequence_length": 32,
+        },
+        "data": {
+            "tokenizer": str(prepared_corpus / "tokenizer.model"),
+            "train": [{"path": str(prepared_corpus / "train")}],
+            "validation": [{"path": str(prepared_corpus / "validation")}],
+            "cache_directory": str(prepared_corpus / "cache"),
+        },
+        "schedule": {"learning_rate": 0.003, "warmup_steps": 2},
+        "training": {"global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "evaluation": {"samples": 8},
+        "checkpoint": {"interval_steps": 2, "keep_last": 100},
+        "logging": {"interval_steps": 1},
+        "stages": [
+            {"name": "base", "model": {"num_layers": 2}, "training": {"steps": 6}},
+            {
+                "name": "grown",
+                "model": {"num_layers": 4},
+                "training": {"steps": 4},
+                "growth": {"operator": "stack", "optimizer_state": "carry"},
+            },
+        ],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    yield path

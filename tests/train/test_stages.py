@@ -1,0 +1,246 @@
+"""A run goes on where it was: bitwise at the same layout, within 1e-5 at another, after a kill and across a growth."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from growth_megatron.checkpoint.manifest import read_manifest
+from tests.ranks import ROOT, environment, run_ranks
+
+TP2 = ["parallel.tensor_parallel_size=2"]
+PP2 = ["parallel.pipeline_parallel_size=2"]
+TP2_PP2 = [*TP2, *PP2]
+
+
+def _records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _losses(run: Path) -> dict[int, float]:
+    records = _records(run)
+    assert len({r["step"] for r in records}) == len(records), "a step is recorded twice"
+    return {record["step"]: record["loss"] for record in records}
+
+
+def _copy_until(run: Path, target: Path, step: int) -> None:
+    """``run`` as it stood right after the checkpoint of ``step``."""
+    shutil.copytree(run, target, symlinks=True)
+    for checkpoint in (target / "checkpoints").iterdir():
+        if int(checkpoint.name.split("_")[1]) > step or checkpoint.name == f"step_{step:08d}_grown":
+            shutil.rmtree(checkpoint)
+
+
+def _train(ranks: int, config: Path, *runs: list[str]) -> list[int]:
+    arguments = {"runs": [{"config": str(config), "overrides": overrides} for overrides in runs]}
+    return run_ranks("tests.workers:train_all", ranks, arguments)[0]
+
+
+def _command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "growth_megatron", "train", str(config), *overrides]
+
+
+def _run(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = _command(config, *overrides)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def reference(growing_config: Path, tmp_path: Path) -> Path:
+    """The uninterrupted run on one rank."""
+    assert _train(1, growing_config, [f"run.directory={tmp_path / 'whole'}"]) == [0]
+    return tmp_path / "whole"
+
+
+def test_resume_at_the_same_layout_is_bitwise_the_uninterrupted_run(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    overrides = []
+    for step in (2, 4, 6, 8):  # 6 is the stage's end: the growth is done again
+        _copy_until(reference, tmp_path / f"from_{step}", step)
+        overrides.append([f"run.directory={tmp_path / f'from_{step}'}"])
+    assert _train(1, growing_config, *overrides) == [0, 0, 0, 0]
+    for step in (2, 4, 6, 8):
+        assert _losses(tmp_path / f"from_{step}") == _losses(reference)
+        (growth,) = _records(tmp_path / f"from_{step}", "growth")
+        assert growth["validation_loss_after"] == _records(reference, "growth")[0]["validation_loss_after"]
+
+
+def test_resume_at_another_layout_follows_the_uninterrupted_run(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    def at(name: str, *layout: str) -> list[str]:
+        return [f"run.directory={tmp_path / name}", *layout]
+
+    assert _train(2, growing_config, at("tp2", *TP2), at("pp2", *PP2)) == [0, 0]
+    assert _train(4, growing_config, at("tp2pp2", *TP2_PP2)) == [0]
+    for source, name in (("tp2", "tp2_pp2"), ("pp2", "pp2_dp2"), ("tp2", "tp2_tp2"), ("tp2pp2", "tp2pp2_one")):
+        _copy_until(tmp_path / source, tmp_path / name, 4)
+    assert _train(2, growing_config, at("tp2_pp2", *PP2), at("pp2_dp2"), at("tp2_tp2", *TP2)) == [0, 0, 0]
+    assert _train(1, growing_config, at("tp2pp2_one")) == [0]
+    expected = _losses(reference)
+    for name in ("tp2", "pp2", "tp2pp2", "tp2_pp2", "pp2_dp2", "tp2pp2_one"):
+        losses = _losses(tmp_path / name)
+        assert losses.keys() == expected.keys()
+        assert max(abs(losses[step] - expected[step]) for step in expected) <= 1e-5, name
+    assert _losses(tmp_path / "tp2_tp2") == _losses(tmp_path / "tp2")
+
+
+def test_the_grown_checkpoint_tells_where_it_comes_from(reference: Path) -> None:
+    manifest = read_manifest(reference / "checkpoints" / "step_00000006_grown")
+    (record,) = manifest.lineage
+    assert (record.operator, record.layers, record.optimizer_state) == ("stack", (0, 1, 0, 1), "carry")
+    assert record.source_geometry.num_layers == 2
+    assert record.target_geometry.num_layers == manifest.geometry.num_layers == 4
+    assert record.source.endswith("step_00000006")
+    losses = {r["step"]: r["validation_loss"] for r in _records(reference, "validation")[:1]}
+    assert record.validation_loss_before == losses[6]
+    (logged,) = _records(reference, "growth")
+    assert logged["validation_loss_after"] == record.validation_loss_after is not None
+    assert read_manifest(reference / "latest").lineage == manifest.lineage
+    assert manifest.consumed_samples == 48
+    assert read_manifest(reference / "latest").consumed_samples == 80
+
+
+def test_background_saves_give_the_same_checkpoints(reference: Path, growing_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "background"
+    assert _train(2, growing_config, [f"run.directory={run}", "checkpoint.async_save=true"]) == [0]
+    shutil.rmtree(run / "checkpoints" / "step_00000010")
+    assert _train(1, growing_config, [f"run.directory={run}"]) == [0]
+    losses, expected = _losses(run), _losses(reference)
+    assert max(abs(losses[step] - expected[step]) for step in expected) <= 1e-5
+
+
+def _kill_during_save(config: Path, run: Path, step: int) -> None:
+    """Start the run and kill all its processes with SIGKILL once the checkpoint of ``step`` is being written."""
+    process = subprocess.Popen(
+        _command(config, f"run.directory={run}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    writing = run / "checkpoints" / f".tmp_step_{step:08d}"
+    deadline = time.monotonic() + 120
+    while not writing.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_during_a_save_resumes_from_the_last_good_checkpoint(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    _kill_during_save(growing_config, run, 4)
+    assert not (run / "checkpoints" / "step_00000004").exists()
+    again = _run(growing_config, f"run.directory={run}")
+    assert again.returncode == 0, again.stdout
+    assert "removed .tmp_step_00000004" in again.stdout
+    assert "resuming from" in again.stdout
+    assert "step_00000002 (step 2)" in again.stdout
+    assert _losses(run) == _losses(reference)
+
+
+def test_a_truncated_file_is_noticed_and_the_checkpoint_before_it_taken(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "damaged"
+    _copy_until(reference, run, 8)
+    data = max((run / "checkpoints" / "step_00000008").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-100])
+    again = _run(growing_config, f"run.directory={run}")
+    assert again.returncode == 0, again.stdout
+    assert "skipped" in again.stdout
+    assert data.name in again.stdout
+    assert "step_00000006_grown (step 6)" in again.stdout
+    assert _losses(run) == _losses(reference)
+
+
+def test_when_nothing_valid_is_left_the_run_ends_with_77(growing_config: Path, reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "hopeless"
+    _copy_until(reference, run, 2)
+    (run / "checkpoints" / "step_00000002" / "manifest.json").unlink()
+    ended = _run(growing_config, f"run.directory={run}")
+    assert ended.returncode == 77, ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
+def test_a_signal_stops_the_run_with_75_and_the_same_command_ends_it(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "stopped"
+    process = subprocess.Popen(
+        _command(growing_config, f"run.directory={run}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if "step  3/10" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    printed += process.communicate(timeout=120)[0]
+    assert process.returncode == 75, printed
+    assert "SIGTERM" in printed
+    assert _run(growing_config, f"run.directory={run}").returncode == 0
+    assert _losses(run) == _losses(reference)
+
+
+def test_a_stage_for_another_world_size_ends_with_76_and_goes_on_there(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "wider"
+    overrides = [f"run.directory={run}", "stages.grown.parallel={data_parallel_size: 2, tensor_parallel_size: 1}"]
+    assert _train(1, growing_config, overrides) == [76]
+    assert json.loads((run / "next_layout.json").read_text())["world_size"] == 2
+    assert _train(2, growing_config, overrides) == [0]
+    assert not (run / "next_layout.json").exists()
+    losses, expected = _losses(run), _losses(reference)
+    assert max(abs(losses[step] - expected[step]) for step in expected) <= 1e-5
+
+
+def test_other_data_or_another_model_are_refused_on_resume(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "changed"
+    _copy_until(reference, run, 4)
+    other_seed = _run(growing_config, f"run.directory={run}", "run.seed=4")
+    assert other_seed.returncode == 2
+    assert "data.seed: 3 in the checkpoint, 4 now" in other_seed.stdout
+    other_model = _run(growing_config, f"run.directory={run}", "stages.base.model.num_layers=4")
+    assert other_model.returncode == 2
+    assert "num_layers 2 -> 4" in other_model.stdout
+    assert "growth-megatron grow" in other_model.stdout
+    assert "Traceback" not in other_seed.stdout + other_model.stdout
+
+
+def test_a_changed_learning_rate_takes_effect_and_is_shown(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "rate"
+    _copy_until(reference, run, 4)
+    resumed = _run(growing_config, f"run.directory={run}", "schedule.learning_rate=0.001", "schedule.kind=constant")
+    assert resumed.returncode == 0, resumed.stdout
+    assert "stages.0.schedule.learning_rate: 0.003 -> 0.001" in resumed.stdout
+    assert {r["learning_rate"] for r in _records(run) if r["step"] in (5, 6)} == {0.001}
