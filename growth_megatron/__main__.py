@@ -14,10 +14,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from growth_megatron.errors import EXIT_OK, GrowthMegatronError
 
 Handler = Callable[[argparse.Namespace], int]
+Commands = Any  # what add_subparsers returns; argparse keeps its class to itself
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"growth-megatron {options.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of a pipe has gone (| head)
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the interpreter flush to it
         return EXIT_OK
 
 
@@ -152,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, handler: Handler, text: str, *examples: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+def _command(commands: Commands, name: str, handler: Handler, text: str, *examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -164,7 +166,7 @@ def _command(commands: argparse._SubParsersAction, name: str, handler: Handler, 
     return parser
 
 
-def _add_run_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_run_commands(commands: Commands) -> None:
     train = _command(
         commands,
         "train",
@@ -184,7 +186,7 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:  # type: ig
     )
     for parser in (train, plan):
         parser.add_argument("config", metavar="CONFIG.yaml")
-        parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values in YAML; a stage by its name or number")
+        parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values in YAML; a stage by name or number")
     plan.add_argument("--world-size", type=int, metavar="N", help="ranks; default: the smallest the layout allows")
     plan.add_argument("--json", action="store_true", help="machine-readable, sizes in bytes")
     report = _command(
@@ -198,7 +200,7 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:  # type: ig
     report.add_argument("--no-plot", action="store_true", help="figures only; needs no matplotlib")
 
 
-def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_checkpoint_commands(commands: Commands) -> None:
     grow = _command(
         commands,
         "grow",
@@ -236,7 +238,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:  # t
     verify.add_argument("--full", action="store_true", help="read every file and compare its checksum")
 
 
-def _add_data_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_data_commands(commands: Commands) -> None:
     tokenizer = _command(
         commands,
         "train-tokenizer",
@@ -245,7 +247,7 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:  # type: i
         "growth-megatron train-tokenizer data/train --output data/tokenizer.model --vocab-size 8000",
     )
     tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    tokenizer.add_argument("--max-bytes", type=int, default=200_000_000, metavar="BYTES", help="text to train on at most")
+    tokenizer.add_argument("--max-bytes", type=int, default=200_000_000, metavar="BYTES", help="of text, at most")
     prepare = _command(
         commands,
         "prepare-data",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def prepared_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from growth_megatron.data.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("corpus")
-    words = "growth of a small model into one that is larger keeps what it has learned about the text it read".split()
+    words = "growth of a small model into one that is larger keeps what it has learned".split()  # noqa: SIM905
     generator = random.Random(5)
     for name, documents in (("train", 60), ("validation", 6)):
         (folder / f"text_{name}").mkdir()
@@ -32,11 +31,10 @@ def prepared_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def growing_config(prepared_corpus: Path, tmp_path: Path) -> Iterator[Path]:
-    """A YAML file: 6 steps of a 2-layer model, grown to 4 layers for 4 more, in ``tmp_path/run``."""
+def write_growing_config(folder: Path, prepared_corpus: Path) -> Path:
+    """``folder/config.yaml``: 6 steps of a 2-layer model, grown to 4 layers for 4 more, in ``folder/run``."""
     content = {
-        "run": {"directory": str(tmp_path / "run"), "seed": 3},
+        "run": {"directory": str(folder / "run"), "seed": 3},
         "model": {
             "hidden_size": 64,
             "num_attention_heads": 4,
@@ -66,6 +64,12 @@ def growing_config(prepared_corpus: Path, tmp_path: Path) -> Iterator[Path]:
             },
         ],
     }
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    yield path
+    return path
+
+
+@pytest.fixture
+def growing_config(prepared_corpus: Path, tmp_path: Path) -> Path:
+    """``write_growing_config`` in a folder of the test's own."""
+    return write_growing_config(tmp_path, prepared_corpus)

@@ -41,15 +41,19 @@ def torchrun(ranks: int, *arguments: str, log_folder: Path | None = None) -> lis
     return [*command, *arguments]
 
 
-def run_ranks(target: str, ranks: int, arguments: dict[str, Any], timeout_s: float = 300) -> list[Any]:
+def run_ranks(
+    target: str, ranks: int, arguments: dict[str, Any], timeout_s: float = 300, without: tuple[str, ...] = ()
+) -> list[Any]:
     """Results of ``module:function`` called with ``arguments`` on each rank, by rank.
+
+    ``without`` names repairs (functions of ``growth_megatron.parallel.megatron_fixes``) to leave out.
 
     Raises: AssertionError with every rank's output if a rank fails or time runs out.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments))
-        command = torchrun(ranks, "-m", "tests.ranks", target, str(folder), log_folder=folder / "logs")
+        command = torchrun(ranks, "-m", "tests.ranks", target, str(folder), *without, log_folder=folder / "logs")
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -82,8 +86,11 @@ def _outputs(folder: Path) -> str:
 def _main() -> None:
     target, folder = sys.argv[1], Path(sys.argv[2])
     module, _, name = target.partition(":")
-    from growth_megatron.parallel import process_groups
+    from growth_megatron.parallel import megatron_fixes, process_groups
 
+    for repair in sys.argv[3:]:
+        assert hasattr(megatron_fixes, repair)
+        setattr(megatron_fixes, repair, lambda optimizer_class: None)
     process_groups.start(timeout_s=240)
     result = getattr(importlib.import_module(module), name)(**json.loads((folder / "arguments.json").read_text()))
     (folder / f"result_{os.environ['RANK']}.json").write_text(json.dumps(result))

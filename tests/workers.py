@@ -79,9 +79,7 @@ def losses_of_layouts(cases: list[dict[str, Any]], steps: int = 10) -> list[dict
         with fresh_engine(stage) as engine:
             done = [engine.train_step(batches(step, stage), 1e-3) for step in range(steps)]
             evaluated, _ = engine.evaluate(batches(steps, stage))
-        results.append(
-            {"losses": [r.loss for r in done], "norms": [r.grad_norm for r in done], "evaluated": evaluated}
-        )
+        results.append({"losses": [r.loss for r in done], "norms": [r.grad_norm for r in done], "evaluated": evaluated})
     return results
 
 
@@ -101,7 +99,7 @@ def losses_without_gain_reduction(layout: dict[str, Any]) -> dict[str, Any]:
 
     from growth_megatron.train import engine
 
-    engine.build_model_chunks = unmarked
+    engine.build_model_chunks = unmarked  # type: ignore[assignment]
     return losses_of_layouts([{"layout": layout}])[0]
 
 
@@ -159,7 +157,7 @@ def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         with fresh_engine(stage, seed=99) as engine:
             load_into_model(Path(case["source"]), engine.models, engine.optimizer)
             target = Path(case["target"])
-            process_groups.on_rank_zero(lambda target=target: target.mkdir())
+            process_groups.on_rank_zero(target.mkdir)
             Saver().save(target, engine.models, engine.optimizer, in_background=False)
             before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in engine.models]
             engine.train_step(batches(50, stage), 1e-3)
@@ -173,10 +171,49 @@ def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _optimizer_elements(engine: Engine) -> list[int]:
-    """Elements of this rank's model parameters, and those its data-parallel group's optimizers hold, and distinct ones."""
+    """Elements of this rank's model parameters, and how many its data-parallel group's optimizers hold."""
     held = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
     total = torch.tensor([held])
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     pointers = [p.data_ptr() for group in engine.optimizer.param_groups for p in group["params"] if p.numel()]
     assert len(set(pointers)) == len(pointers), "a parameter is in the optimizer twice"
     return [sum(p.numel() for model in engine.models for p in model.parameters()), int(total)]
+
+
+def reload_into_fresh_optimizer(directory: str) -> dict[str, int]:
+    """Adam's step of every parameter after a load from a run of 2 steps, and after one step more."""
+    from pathlib import Path
+
+    from growth_megatron.checkpoint.sharded import load_into_model
+
+    save_at({}, directory, {"num_layers": 2}, steps=2)
+    stage = stage_of({}, {"num_layers": 2})
+    with fresh_engine(stage, seed=8) as engine:
+        load_into_model(Path(directory) / "checkpoints" / "step_00000002", engine.models, engine.optimizer)
+        before = _adam_steps(engine)
+        engine.train_step(batches(2, stage), 1e-3)
+        after = _adam_steps(engine)
+    assert len(before) == 1
+    assert after == {3}, f"the step of a parameter went from {before} to {after}".replace("{", "").replace("}", "")
+    return {"before": before.pop(), "after": after.pop()}
+
+
+def _adam_steps(engine: Engine) -> set[int]:
+    (inner,) = engine.optimizer.chained_optimizers
+    return {int(state["step"]) for state in inner.optimizer.state.values()}
+
+
+def initial_shards(layout: dict[str, Any]) -> list[Any]:
+    """Key, region and values of every shard of this rank's model before the first step."""
+    from growth_megatron.checkpoint.sharded import _model_state, _tensor_shards
+
+    stage = stage_of(layout)
+    with fresh_engine(stage) as engine:
+        return [
+            (
+                shard.key,
+                [[o, o + n] for o, n in zip(shard.global_offset, shard.local_shape, strict=True)],
+                shard.data.flatten().tolist(),
+            )
+            for shard in _tensor_shards(_model_state(engine.models))
+        ]

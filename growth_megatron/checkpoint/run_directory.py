@@ -83,9 +83,7 @@ class RunDirectory:
         """The folder that ``begin`` returned for this step."""
         return temporary_path(self.checkpoint_path(step, grown))
 
-    def commit(
-        self, manifest: Manifest, grown: bool = False, checksums: Mapping[str, FileEntry] | None = None
-    ) -> Path:
+    def commit(self, manifest: Manifest, grown: bool = False, checksums: Mapping[str, FileEntry] | None = None) -> Path:
         """Make what was written since ``begin(manifest.step, grown)`` the newest checkpoint; see ``commit_folder``."""
         final = self.checkpoint_path(manifest.step, grown)
         commit_folder(final, manifest, self._files, checksums)
@@ -188,9 +186,7 @@ class RunDirectory:
             )
         return ResumeChoice(None, None)
 
-    def _resume_from(
-        self, origin: Path, own: Path | None, skipped: tuple[Skipped, ...], full: bool
-    ) -> ResumeChoice:
+    def _resume_from(self, origin: Path, own: Path | None, skipped: tuple[Skipped, ...], full: bool) -> ResumeChoice:
         if not origin.is_dir():
             raise CheckpointError(
                 f"checkpoint.resume: {origin} is not a folder; allowed: auto, must, never, or the path of a checkpoint "

@@ -30,7 +30,6 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-
 from growth_megatron.checkpoint.source import DistCheckpoint
 from growth_megatron.errors import CheckpointError
 
@@ -69,7 +68,7 @@ class Saver:
     def save(
         self, directory: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, in_background: bool
     ) -> None:
-        """Write the sharded state into ``directory``, which exists and is empty; with ``in_background`` only start to."""
+        """Write the sharded state into the empty folder ``directory``; with ``in_background``, only start to."""
         model = _model_state(chunks)
         state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=dict(FORMAT))}
         strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)

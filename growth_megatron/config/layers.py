@@ -58,9 +58,7 @@ def stack_layers(source_layers: int, target_layers: int) -> tuple[int, ...]:
     return tuple(target % source_layers for target in range(target_layers))
 
 
-def resolve_layers(
-    layers: str | Sequence[int] | None, source_layers: int, target_layers: int
-) -> tuple[int, ...]:
+def resolve_layers(layers: str | Sequence[int] | None, source_layers: int, target_layers: int) -> tuple[int, ...]:
     """Layer list of a growth as configured: a notation, a list counted from 0, or None for stacking.
 
     Raises:

@@ -1,48 +1,20 @@
 """Initial weights, computed per region of a global tensor: bit-equal at every layout.
 
-Owns: the list of a LLaMA's global tensors with their shapes, and their initial distribution.
-Does not own: who reads the regions (a live model in ``checkpoint.sharded``, a grown source in ``growth``).
-
-Global tensors and their names are megatron-core's, one key a layer: ``linear_qkv`` is ``[(heads + 2 groups) d, h]`` with
-q, k, v side by side in each query group; ``linear_fc1`` is ``[2 f, h]``, gate above up.
+Owns: the initial distribution of a LLaMA's global tensors.
+Does not own: their names and shapes (``model.geometry``), who reads the regions (a live model in
+``checkpoint.sharded``).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.llama import output_scale
+from growth_megatron.model.geometry import tensor_shapes
 from growth_megatron.parallel.counter_rng import normal_rows
-
-LAYER_PREFIX = "decoder.layers."
-
-
-def layer_tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name within a layer -> global shape."""
-    h, f, d = model.hidden_size, model.ffn_hidden_size, model.kv_channels
-    return {
-        "self_attention.linear_qkv.layer_norm_weight": (h,),
-        "self_attention.linear_qkv.weight": ((model.num_attention_heads + 2 * model.query_groups) * d, h),
-        "self_attention.linear_proj.weight": (h, model.num_attention_heads * d),
-        "mlp.linear_fc1.layer_norm_weight": (h,),
-        "mlp.linear_fc1.weight": (2 * f, h),
-        "mlp.linear_fc2.weight": (h, f),
-    }
-
-
-def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> global shape of every tensor of the model; a tied output has no tensor of its own."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes["embedding.word_embeddings.weight"] = (model.padded_vocab_size, model.hidden_size)
-    for layer in range(model.num_layers):
-        for name, shape in layer_tensor_shapes(model).items():
-            shapes[f"{LAYER_PREFIX}{layer}.{name}"] = shape
-    shapes["decoder.final_layernorm.weight"] = (model.hidden_size,)
-    if not model.tie_embeddings:
-        shapes["output_layer.weight"] = (model.padded_vocab_size, model.hidden_size)
-    return shapes
 
 
 class InitSource:
@@ -68,7 +40,7 @@ class InitSource:
         if len(shape) == 1:
             return torch.ones(region[0].stop - region[0].start)
         writes_residual = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        std = output_scale(self._model) if writes_residual else self._model.init_std
+        std = self._model.init_std / math.sqrt(2 * self._model.num_layers) if writes_residual else self._model.init_std
         values = normal_rows(self._seed, key, range(region[0].start, region[0].stop), shape[1])
         values = values[:, region[1]] * np.float32(std)
         return torch.from_numpy(np.ascontiguousarray(values))

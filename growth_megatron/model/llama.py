@@ -6,7 +6,6 @@ Does not own: initial values (``model.init``), wrapping for data parallelism (``
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -83,11 +82,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     interleaved = parallel.chunks > 1
-    recompute: dict[str, Any] = {
+    recompute_options: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[training.recompute]
+    }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -123,13 +122,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         # gloo sends from the tensor itself while the schedule goes on; NCCL has the stream to order the two.
         deallocate_pipeline_outputs=on_gpu,
         init_method_std=model.init_std,
-        **recompute,
+        **recompute_options[training.recompute],
     )
 
 
-def build_model_chunks(
-    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
-) -> list[GPTModel]:
+def build_model_chunks(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), with undefined weights.
 
     Needs megatron-core's process groups for ``parallel``. The weights come from a tensor source afterwards.
@@ -180,11 +177,6 @@ def _mark_tensor_parallel(gpt: GPTModel) -> None:
             continue
         if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(tensor=module.weight, is_parallel=True, dim=dim, stride=1)
-
-
-def output_scale(model: ModelConfig) -> float:
-    """Deviation of the weights that write to the residual stream, as in Megatron: std / sqrt(2 L)."""
-    return model.init_std / math.sqrt(2.0 * model.num_layers)
 
 
 def _device(config: TransformerConfig) -> torch.device:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
-from growth_megatron.checkpoint.manifest import Manifest, library_version
+from growth_megatron.checkpoint.manifest import FileEntry, Manifest, checksum_files, library_version
 from growth_megatron.checkpoint.run_directory import RunDirectory
 from growth_megatron.checkpoint.sharded import Saver
 from growth_megatron.config.cost import flops_per_token
@@ -208,12 +208,14 @@ class StageLoop:
         directory, settings = self.context.directory, self.config.checkpoint
 
         def commit() -> Path:
+            # Files of no rank in particular are summed here.
             (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
-            path = directory.commit(pending.manifest)
+            path = directory.commit(pending.manifest, checksums=checksums)
             directory.apply_retention(settings.keep_last, settings.keep_every_steps)
             return path
 
         commit_started = time.perf_counter()
+        checksums = _checksum_written(pending.folder)
         path = process_groups.on_rank_zero(commit)
         ended = time.perf_counter()
         self.context.metrics.log(
@@ -256,6 +258,14 @@ class StageLoop:
 
     def _stop_message(self) -> str:
         return f"stopped early on request at step {self.progress.step}; the same command goes on from here"
+
+
+def _checksum_written(folder: Path) -> dict[str, FileEntry]:
+    """Checksums of the data files, each rank reading those it wrote; on all ranks."""
+    own = sorted(file.name for file in folder.glob(f"__{torch.distributed.get_rank()}_*.distcp"))
+    gathered: list[dict[str, FileEntry]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, process_groups.on_all_ranks(lambda: checksum_files(folder, own)))
+    return {name: entry for entries in gathered for name, entry in entries.items()}
 
 
 def _to_device(batch: Batch) -> Batch:

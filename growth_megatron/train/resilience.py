@@ -58,7 +58,7 @@ def open_rank_log(run_directory: Path, rank: int) -> IO[str]:
     """RUN/logs/rank_N.log, which takes this rank's warnings and, on a hang or crash, its stacks."""
     folder = run_directory / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    stream = open(folder / f"rank_{rank}.log", "a", encoding="utf-8", buffering=1)
+    stream = open(folder / f"rank_{rank}.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the process)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

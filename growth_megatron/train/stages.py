@@ -13,12 +13,13 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from growth_megatron.checkpoint.manifest import Manifest, read_manifest, record_validation_losses
 from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
 from growth_megatron.config.checks import check_world_size
@@ -102,20 +103,18 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
             context.metrics.log("event", step=progress.step, event="done", message=_done_message(context, progress))
             return EXIT_OK
         if manifest is not None and progress.ends_stage(config):
-            growth = process_groups.on_rank_zero(lambda: _grow(context, choice, manifest))
+            growth = process_groups.on_rank_zero(partial(_grow, context, choice, manifest))
         else:
             wanted = required_world_size(config, progress.stage, context.world_size)
             if wanted != context.world_size:
-                return process_groups.on_rank_zero(lambda: _hand_over(context, progress, wanted))
+                return process_groups.on_rank_zero(partial(_hand_over, context, progress, wanted))
             if not _train_stage(context, choice, progress, growth):
                 return EXIT_STOPPED_EARLY
             growth = None
         choice = process_groups.on_rank_zero(lambda: context.directory.choose_resume("must"))
 
 
-def _train_stage(
-    context: RunContext, choice: ResumeChoice, progress: Progress, growth: GrowthResult | None
-) -> bool:
+def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, growth: GrowthResult | None) -> bool:
     """Build the stage at its layout, load it and train it. False if stopped early."""
     config, stage = context.loaded.config, context.loaded.config.stages[progress.stage]
     process_groups.set_layout(stage.parallel, config.run.seed)
@@ -145,7 +144,8 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     config = context.loaded.config
     number = manifest.stage + 1
     stage = config.stages[number]
-    assert choice.path is not None and stage.growth is not None
+    assert choice.path is not None
+    assert stage.growth is not None
     layers = resolve_layers(stage.growth.layers, manifest.geometry.num_layers, stage.model.num_layers)
     result = grow_checkpoint(
         choice.path,
@@ -183,8 +183,7 @@ def _record_growth(
         losses = [line for line in known if line["kind"] == "validation" and line["step"] == manifest.step]
         if before is None and losses:
             before = losses[0]["validation_loss"]
-        measured = record.model_copy(update={"validation_loss_before": before, "validation_loss_after": loss_after})
-        write_manifest(path, manifest.model_copy(update={"lineage": (*manifest.lineage[:-1], measured)}))
+        record_validation_losses(path, before, loss_after)
         context.metrics.log(
             "growth",
             step=manifest.step,
@@ -345,15 +344,16 @@ def _just_grown(manifest: Manifest) -> bool:
 
 
 def _stage_message(context: RunContext, progress: Progress, choice: ResumeChoice) -> str:
-    stage = context.loaded.config.stages[progress.stage]
+    config = context.loaded.config
+    stage = config.stages[progress.stage]
     model, parallel = stage.model, stage.parallel
-    data_parallel = context.world_size // parallel.model_parallel_size
-    origin = f"from {choice.path}" if choice.path else f"initialised with seed {context.loaded.config.run.seed}"
+    sequence = " +SP" if parallel.sequence_parallel else ""
     return (
-        f"stage {stage.name} ({progress.stage + 1} of {len(context.loaded.config.stages)}): {model.num_layers} layers x "
-        f"{model.hidden_size}, TP {parallel.tensor_parallel_size}{' +SP' if parallel.sequence_parallel else ''} PP "
-        f"{parallel.pipeline_parallel_size} VPP {parallel.chunks} DP {data_parallel}, {stage.training.precision}, steps "
-        f"{progress.stage_step} to {stage.num_steps} of {stage.tokens_per_step:,} tokens, {origin}"
+        f"stage {stage.name} ({progress.stage + 1} of {len(config.stages)}): {model.num_layers} layers x "
+        f"{model.hidden_size}, TP {parallel.tensor_parallel_size}{sequence} PP {parallel.pipeline_parallel_size} "
+        f"VPP {parallel.chunks} DP {context.world_size // parallel.model_parallel_size}, {stage.training.precision}, "
+        f"steps {progress.stage_step} to {stage.num_steps} of {stage.tokens_per_step:,} tokens, "
+        + (f"from {choice.path}" if choice.path else f"initialised with seed {config.run.seed}")
     )
 
 

@@ -127,9 +127,7 @@ def test_data_files_are_links_and_next_to_nothing_is_written(tmp_path: Path) -> 
     assert zeros.stat().st_size < 20_000  # a few shapes, one stored element each
 
 
-def test_sums_of_linked_files_come_from_the_sources_manifest(
-    source: Path, tmp_path: Path, plan: GrowthPlan
-) -> None:
+def test_sums_of_linked_files_come_from_the_sources_manifest(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     """So growing takes no time at any size; and damage in the source's data is not signed anew."""
     content = bytearray((source / "__0_0.distcp").read_bytes())
     content[1000] ^= 1
@@ -264,9 +262,7 @@ def test_killed_at_any_file_operation_the_source_is_kept_and_a_rerun_completes(
     pytest.fail("the growth never ends")
 
 
-def test_a_damaged_target_is_replaced_and_a_valid_one_is_not(
-    source: Path, tmp_path: Path, plan: GrowthPlan
-) -> None:
+def test_a_damaged_target_is_replaced_and_a_valid_one_is_not(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     target = tmp_path / "target"
     grow_checkpoint(source, target, plan, "carry")
     with pytest.raises(CheckpointError, match="exists and is a valid checkpoint"):
@@ -281,9 +277,7 @@ def test_a_damaged_target_is_replaced_and_a_valid_one_is_not(
     assert (tmp_path / "home/thesis.tex").exists()
 
 
-def test_a_damaged_source_is_refused_and_nothing_is_written(
-    source: Path, tmp_path: Path, plan: GrowthPlan
-) -> None:
+def test_a_damaged_source_is_refused_and_nothing_is_written(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     before = set(tmp_path.iterdir())
     size = (source / ".metadata").stat().st_size
     (source / ".metadata").write_bytes((source / ".metadata").read_bytes()[: size // 2])

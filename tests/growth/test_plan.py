@@ -53,9 +53,7 @@ layer_lists = st.integers(1, 4).flatmap(
 
 @settings(deadline=None)
 @given(layer_lists, st.booleans())
-def test_every_target_layer_is_its_source_layer_and_the_rest_is_kept(
-    lists: tuple[int, list[int]], tied: bool
-) -> None:
+def test_every_target_layer_is_its_source_layer_and_the_rest_is_kept(lists: tuple[int, list[int]], tied: bool) -> None:
     count, layers = lists
     source, target = geometry(count, tie_embeddings=tied), geometry(len(layers), tie_embeddings=tied)
     plan = plan_depth(source, target, layers)

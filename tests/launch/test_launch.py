@@ -46,11 +46,18 @@ def once(name):
     first = not mark.exists()
     mark.touch()
     return first
+def meet(place):
+    "The agent ends the other ranks when one is gone, so they must have done their part by then"
+    attempt = os.environ["TORCHELASTIC_RUN_ID"]
+    (run / f"{place}_{attempt}_{rank}").touch()
+    while not all((run / f"{place}_{attempt}_{other}").exists() for other in range(world)): time.sleep(0.01)
 def ask_for(size):
     if rank == 0:
         (run / "next_layout.json").write_text(json.dumps({"world_size": size}))
+    meet("asked")
     sys.exit(76)
 print(f"rank {rank} of {world} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+meet("started")
 """
 
 Launched = subprocess.Popen[str]
@@ -119,23 +126,14 @@ def test_a_fault_on_one_rank_names_the_rank_and_its_log(trainer: Path) -> None:
 
 
 def test_a_fault_wins_over_another_ranks_early_stop(trainer: Path) -> None:
-    workers = """
-    if rank == 1:
-        (run / "ready").touch()
-        sys.exit(1)
-    while not (run / "ready").exists(): time.sleep(0.01)
-    sys.exit(75)
-    """
+    workers = "time.sleep(0.05 * (1 - rank)); sys.exit(75 if rank == 0 else 1)"
     assert single(trainer, workers, "-n", "2")[0] == 1
 
 
 def test_a_killed_rank_is_named_though_the_others_fail_for_want_of_it(trainer: Path) -> None:
     workers = """
-    if rank == 1:
-        (run / "ready").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    while not (run / "ready").exists(): time.sleep(0.01)
-    time.sleep(0.02)
+    if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
     sys.exit(1)
     """
     returned, _, err = single(trainer, workers, "-n", "2")

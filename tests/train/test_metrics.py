@@ -165,7 +165,7 @@ def test_events_are_lines_of_their_own() -> None:
         "blocking_seconds": 0.5, "bytes": 3_000_000_000,
     }  # fmt: skip
     assert event_line(checkpoint) == (
-        "checkpoint  step 20  saved runs/a/checkpoints/step_00000020  2.79 GiB in 2.0s (1.40 GiB/s), training waited 0.5s"
+        "checkpoint  step 20  saved runs/a/checkpoints/step_00000020  2.79 GiB in 2.0s (1.40 GiB/s), training waited 0.5s"  # noqa: E501
     )
     growth = {
         "kind": "growth", "step": 20, "operator": "stack", "source_geometry": {"num_layers": 6, "hidden_size": 64},

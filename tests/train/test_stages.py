@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from growth_megatron.checkpoint.manifest import read_manifest
+from tests.conftest import write_growing_config
 from tests.ranks import ROOT, environment, run_ranks
 
 TP2 = ["parallel.tensor_parallel_size=2"]
@@ -57,11 +58,17 @@ def _run(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
-def reference(growing_config: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def growing_config(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_growing_config(tmp_path_factory.mktemp("growing"), prepared_corpus)
+
+
+@pytest.fixture(scope="module")
+def reference(growing_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run on one rank."""
-    assert _train(1, growing_config, [f"run.directory={tmp_path / 'whole'}"]) == [0]
-    return tmp_path / "whole"
+    run = tmp_path_factory.mktemp("reference") / "whole"
+    assert _train(1, growing_config, [f"run.directory={run}"]) == [0]
+    return run
 
 
 def test_resume_at_the_same_layout_is_bitwise_the_uninterrupted_run(
