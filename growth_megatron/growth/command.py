@@ -87,7 +87,7 @@ def grow(
     try:
         result = grow_checkpoint(located.path, target, plan, policy, seed=seed, stage=0)
     except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror} ({error.filename})") from None
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error} ({error.filename})") from None
     print("\n".join(_done_lines(result)))
 
 
@@ -174,7 +174,7 @@ def _plan_lines(source: Path, target: Path, manifest: Manifest, plan: GrowthPlan
 
 
 def _cost_line(source: Path, target: Path, manifest: Manifest, plan: GrowthPlan, policy: str) -> str:
-    """What will be linked and written; the tensors are checked here too, so that a dry run finds what a growth would."""
+    """What will be linked and written. Checks the tensors too, so that a dry run finds what a growth would."""
     checkpoint = DistCheckpoint(source)
     check_source_tensors(plan, checkpoint)
     if policy == "carry" and not any(key.startswith(MOMENT_PREFIXES) for key in checkpoint.keys()):

@@ -1,0 +1,273 @@
+"""``growth-megatron grow``: shows its plan first, refuses before it writes, and what it writes is trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from growth_megatron.checkpoint.manifest import (
+    checksum_files,
+    list_files,
+    read_manifest,
+    validate_checkpoint,
+    write_manifest,
+)
+from growth_megatron.checkpoint.source import DistCheckpoint
+from growth_megatron.config.layers import parse_layers
+from growth_megatron.errors import EXIT_USAGE, CheckpointError, GrowthError, GrowthMegatronError, NothingValidError
+from growth_megatron.growth.command import grow
+from tests.checkpoint.written import geometry, manifest_of, model_tensors, write_checkpoint, write_distributed
+from tests.command_line import run_commands
+
+SOURCE = geometry(3)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "source", SOURCE)
+    return tmp_path / "source"
+
+
+def _grow(source: Path, target: Path, *settings: str, **options: Any) -> None:
+    chosen = {"layers": None, "optimizer_state": "reset", "seed": 0, "dry_run": False, **options}
+    grow(source, target, settings=list(settings), **chosen)
+
+
+def _refused(source: Path, target: Path, *settings: str, **options: Any) -> str:
+    before = {path: path.lstat().st_mtime_ns for path in source.parent.rglob("*")}
+    with pytest.raises(GrowthMegatronError) as caught:
+        _grow(source, target, *settings, **options)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert {path: path.lstat().st_mtime_ns for path in source.parent.rglob("*")} == before, "something was written"
+    return str(caught.value)
+
+
+def test_the_plan_is_printed_and_the_grown_checkpoint_is_what_it_says(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "grown"
+    _grow(source, target, "num_layers=9", optimizer_state="carry", seed=5)
+    printed = capsys.readouterr().out
+    for words in ("3 layers, hidden 8", "9 layers, hidden 8", "0-2 x3", "75.0 %", "carry (", "linked", "grew "):
+        assert words in printed, printed
+    assert validate_checkpoint(target, full=True) is None
+    manifest = read_manifest(target)
+    assert manifest.geometry == SOURCE.model_copy(update={"num_layers": 9})
+    (record,) = manifest.lineage
+    assert (record.layers, record.optimizer_state, record.seed) == ((0, 1, 2) * 3, "carry", 5)
+    grown, small = DistCheckpoint(target), DistCheckpoint(source)
+    for layer in range(9):
+        for name in ("mlp.linear_fc1.weight", "self_attention.linear_qkv.weight"):
+            expected = small.read(f"decoder.layers.{layer % 3}.{name}")
+            assert torch.equal(grown.read(f"decoder.layers.{layer}.{name}"), expected)
+
+
+def test_counters_go_on_and_the_stage_starts_anew(source: Path, tmp_path: Path) -> None:
+    shutil.rmtree(source)
+    write_checkpoint(source, SOURCE, manifest_of(SOURCE, stage=2, stage_step=40))
+    _grow(source, tmp_path / "grown", "num_layers=6")
+    before, after = read_manifest(source), read_manifest(tmp_path / "grown")
+    assert (after.stage, after.stage_step) == (0, 0)
+    for name in ("step", "consumed_samples", "consumed_tokens", "flops", "data_fingerprint"):
+        assert getattr(after, name) == getattr(before, name)
+
+
+@pytest.mark.parametrize(("notation", "compact"), [("1-23*2", "0-2, 1-2"), ("0,2,2,1", "0, 2 x2, 1"), ("3", "2")])
+def test_a_layer_list_says_the_depth_by_itself(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], notation: str, compact: str
+) -> None:
+    _grow(source, tmp_path / "grown", layers=notation)
+    assert read_manifest(tmp_path / "grown").lineage[-1].layers == parse_layers(notation, 3)
+    assert f" {compact} (source layers" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _grow(source, tmp_path / "deep" / "grown", "num_layers=6", dry_run=True)
+    dry = capsys.readouterr().out
+    assert not (tmp_path / "deep").exists()
+    _grow(source, tmp_path / "deep" / "grown", "num_layers=6")
+    assert capsys.readouterr().out.startswith(dry.removesuffix("dry run: nothing was written\n"))
+    assert "dry run: nothing was written" in dry
+
+
+def test_the_announced_bytes_are_about_those_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for policy in ("reset", "carry"):
+        _grow(source, tmp_path / policy, "num_layers=6", optimizer_state=policy)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("files"))
+        announced = float(line.split("about ")[1].split(" KiB")[0]) * 1024
+        own = [file for file in (tmp_path / policy).iterdir() if file.stat().st_nlink == 1]
+        assert announced == pytest.approx(sum(file.stat().st_size for file in own), rel=0.1)
+
+
+def _run(folder: Path, *steps: int) -> Path:
+    for step in steps:
+        write_checkpoint(folder / "checkpoints" / f"step_{step:08d}", SOURCE, manifest_of(SOURCE, step))
+    (folder / "latest").symlink_to(f"checkpoints/step_{max(steps):08d}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "latest", "checkpoints"])
+def test_a_run_and_its_link_stand_for_the_newest_checkpoint(tmp_path: Path, name: str) -> None:
+    run = _run(tmp_path / "run", 10, 20)
+    _grow(run / name, tmp_path / "grown", "num_layers=6")
+    manifest = read_manifest(tmp_path / "grown")
+    assert manifest.step == 20
+    assert manifest.lineage[-1].source == str(run / "checkpoints" / "step_00000020")  # true when the link moves on
+
+
+def test_damaged_newer_checkpoints_of_a_run_are_passed_over_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(tmp_path / "run", 10, 20)
+    (run / "checkpoints" / "step_00000020" / "common.pt").unlink()
+    _grow(run, tmp_path / "grown", "num_layers=6")
+    assert read_manifest(tmp_path / "grown").step == 10
+    assert "passed over" in capsys.readouterr().out
+    (run / "checkpoints" / "step_00000010" / "manifest.json").write_text("{")
+    with pytest.raises(NothingValidError, match="step_00000020: common.pt is missing"):
+        _grow(run, tmp_path / "again", "num_layers=6")
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers", "words"),
+    [
+        ([], None, "--set num_layers=24, or --layers"),
+        (["num_layer=6"], None, "did you mean num_layers?"),
+        (["model.num_layers=6"], None, "did you mean num_layers?"),
+        (["hidden_size=64"], None, "only the depth can be grown so far, allowed: num_layers"),
+        (["num_layers"], None, "write key=value"),
+        (["num_layers=six"], None, "'six' is not a number of layers; allowed: 1 to 4096"),
+        (["num_layers=-6"], None, "allowed: 1 to 4096"),
+        (["num_layers=0"], None, "allowed: 1 to 4096"),
+        (["num_layers=" + 5000 * "9"], None, "allowed: 1 to 4096"),
+        (["num_layers=6", "num_layers=9"], None, "more than once (6, 9)"),
+        (["num_layers=2"], None, "nearest possible: num_layers=3 for stacking. To drop layers, list those to keep, "),
+        (["num_layers=6"], "0,1,2", "gives 3 layers but --set says num_layers=6; leave num_layers out, set it to 3"),
+        ([], "0,1,3", "there is no layer 3; allowed: 0 to 2"),
+        ([], "1-24*2", "there is no layer 4; allowed: 1 to 3"),
+        ([], "1-*2", "a segment without layers"),
+        ([], "", "--layers"),
+    ],
+)
+def test_impossible_growths_name_what_is_possible(
+    source: Path, tmp_path: Path, settings: list[str], layers: str | None, words: str
+) -> None:
+    assert words in _refused(source, tmp_path / "grown", *settings, layers=layers)
+
+
+def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "note").write_text("mine")
+    _grow(source, tmp_path / "grown", "num_layers=6")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "folder", "grown", "link", "source"):
+        assert "exists; name a new folder" in _refused(source, tmp_path / name, "num_layers=6")
+    assert "is not a folder" in _refused(source, tmp_path / "file" / "grown", "num_layers=6")
+    assert "lies within the source" in _refused(source, source / "grown", "num_layers=6")
+
+
+def test_an_empty_folder_serves_as_target(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "grown").mkdir()
+    _grow(source, tmp_path / "grown", "num_layers=6")
+    assert validate_checkpoint(tmp_path / "grown") is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    assert "cannot be written to" in _refused(source, tmp_path / "closed" / "grown", "num_layers=6")
+
+
+def test_a_fault_of_the_file_system_names_the_target(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "common.pt")
+
+    monkeypatch.setattr("growth_megatron.growth.command.grow_checkpoint", full)
+    with pytest.raises(CheckpointError, match="grown: No space left on device"):
+        _grow(source, tmp_path / "grown", "num_layers=6")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_source_that_cannot_be_grown_is_refused(source: Path, tmp_path: Path, dry_run: bool) -> None:
+    def refused(path: Path, **options: Any) -> str:
+        return _refused(path, tmp_path / "grown", "num_layers=6", dry_run=dry_run, **options)
+
+    assert "does not exist; give a checkpoint" in refused(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "manifest.json is missing" in refused(tmp_path / "empty")
+    data = source / "__0_1.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "__0_1.distcp has" in refused(source)
+
+
+def test_carry_needs_optimizer_state(tmp_path: Path) -> None:
+    bare = write_distributed(tmp_path / "bare", model_tensors(SOURCE, optimizer=False))
+    files = checksum_files(bare, list_files(bare))
+    write_manifest(bare, manifest_of(SOURCE).model_copy(update={"files": files, "has_optimizer_state": False}))
+    for dry_run in (True, False):
+        words = _refused(bare, tmp_path / "grown", "num_layers=6", optimizer_state="carry", dry_run=dry_run)
+        assert "use reset" in words
+    _grow(bare, tmp_path / "grown", "num_layers=6")
+
+
+def test_a_wrong_policy_or_seed_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(GrowthError, match="allowed: reset, carry"):
+        _grow(source, tmp_path / "grown", "num_layers=6", optimizer_state="keep")
+    assert "allowed: 0 or more" in _refused(source, tmp_path / "grown", "num_layers=6", seed=-1)
+
+
+def _one_stage(growing_config: Path, name: str, **model: int) -> Path:
+    """The configuration without its stages: 3 steps of one model."""
+    content = yaml.safe_load(growing_config.read_text())
+    del content["stages"]
+    content["model"] |= model
+    content["training"]["steps"] = 3
+    content["run"]["directory"] = str(growing_config.parent / name)
+    path = growing_config.parent / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_one_stage_run_goes_on_from_a_checkpoint_grown_by_hand(growing_config: Path, tmp_path: Path) -> None:
+    base = _one_stage(growing_config, "base", num_layers=2)
+    deep = _one_stage(growing_config, "deep", num_layers=4)
+    seed = tmp_path / "seed"
+    go_on = ["train", str(deep), f"checkpoint.resume={seed}"]
+    outcomes = run_commands(
+        [
+            ["train", str(base)],
+            ["grow", str(tmp_path / "base" / "latest"), str(seed), "--set", "num_layers=4"],
+            go_on,
+            go_on,
+            ["inspect", str(tmp_path / "deep")],
+        ]
+    )
+    assert [outcome.code for outcome in outcomes] == [0] * 5, outcomes
+    assert f"resuming from {seed} (step 3)" in outcomes[2].out
+    assert "step_00000006 (step 6)" in outcomes[3].out  # given again, the run is found complete
+    assert "stack 2 -> 4 layers" in outcomes[4].out
+    lines = [json.loads(line) for line in (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert [(line["step"], line["stage_step"]) for line in trained] == [(4, 1), (5, 2), (6, 3)]
+    assert [line["consumed_samples"] for line in trained] == [32, 40, 48]
+    assert [line["consumed_tokens"] for line in trained] == [32 * 32, 40 * 32, 48 * 32]
+    before, after = read_manifest(seed), read_manifest(tmp_path / "deep" / "latest")
+    assert trained[0]["flops"] > before.flops > 0
+    assert (after.step, after.stage, after.stage_step, after.geometry.num_layers) == (6, 0, 3, 4)
+    assert [record.layers for record in after.lineage] == [(0, 1, 0, 1)]
+    # Warm-up over 2 steps, anew.
+    assert [line["learning_rate"] for line in trained][:2] == pytest.approx([0.0015, 0.003])
