@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.ranks import ROOT, environment
@@ -27,11 +26,11 @@ class Outcome:
     err: str
 
 
-def run_command(*arguments: str, cwd: Path = ROOT, **variables: str) -> Outcome:
+def run_command(*arguments: str, **variables: str) -> Outcome:
     """``python -m growth_megatron ARGUMENTS`` in a process of its own, with ``variables`` in its environment."""
     done = subprocess.run(
         [sys.executable, "-m", "growth_megatron", *arguments],
-        cwd=cwd,
+        cwd=ROOT,
         env={**environment(), **variables},
         capture_output=True,
         text=True,

@@ -237,8 +237,8 @@ def _run_of(path: Path) -> RunDirectory | None:
     if (path / "checkpoints").is_dir():
         return RunDirectory(path)
     if path.is_dir() and any(CheckpointName.parse(entry.name) for entry in path.iterdir()):
-        absolute = path.absolute()
-        return RunDirectory(path.parent) if absolute.name == "checkpoints" else None
+        parent = path.parent if path.name else path.absolute().parent  # "." has no name
+        return RunDirectory(parent) if path.absolute().name == "checkpoints" else None
     return None
 
 

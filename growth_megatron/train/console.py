@@ -6,6 +6,7 @@ Does not own: the records (``train.metrics``).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -208,6 +209,12 @@ _EVENT_TEXTS = {"validation": _validation_text, "checkpoint": _checkpoint_text, 
 _WIDTHS = {"loss": 7, "lr": 8, "grad norm": 7, "tokens/s": 5, "TFLOP/s per device": 6, "MFU": 6, "memory": 11}
 
 
+def _tell(line: str) -> None:
+    """In one write: torchrun runs Python unbuffered, where print makes two and other ranks' output gets in between."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 class LineConsole:
     """One aligned line a record, for logs and pipes."""
 
@@ -216,18 +223,17 @@ class LineConsole:
 
     def record(self, record: Record) -> None:
         if record["kind"] != "train":
-            print(event_line(record), flush=True)
+            _tell(event_line(record))
             return
         position = self._position
         position.move(record["step"], record["stage"])
         position.measure(record)
         digits = len(str(position.total_steps))
         values = "  ".join(f"{label} {value:>{_WIDTHS[label]}}" for label, value in train_values(record).items())
-        print(
+        _tell(
             f"step {position.step:>{digits}}/{position.total_steps}  {position.stage} "
             f"{position.stage_step:>{digits}}/{position.stage_length}  {values}  "
-            f"{_remaining(position, record)}",
-            flush=True,
+            f"{_remaining(position, record)}"
         )
 
     def progress(self, step: int, stage: str) -> None:

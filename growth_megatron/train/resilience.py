@@ -24,7 +24,8 @@ HANG_TIMEOUT_S = 900
 class StopRequest:
     """Set by the first of ``STOP_SIGNALS``; a second one ends the process at once, without saving."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        self._tells = rank == 0
         self.requested = False
         self.signal_name = ""
 
@@ -37,7 +38,8 @@ class StopRequest:
             os.write(2, b"second signal: ending without saving\n")
             os._exit(EXIT_FAULT)
         self.requested, self.signal_name = True, signal.Signals(number).name
-        os.write(2, f"{self.signal_name}: saving after this step, then stopping (again: stop at once)\n".encode())
+        if self._tells:
+            os.write(2, f"{self.signal_name}: saving after this step, then stopping (again: stop at once)\n".encode())
 
 
 class Watchdog:

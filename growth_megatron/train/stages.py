@@ -59,11 +59,11 @@ def train(loaded: LoadedConfig) -> int:
     world_size = process_groups.world_size_from_environment()
     for index in range(len(config.stages)):
         check_world_size(config, index, required_world_size(config, index, world_size))
-    stop = StopRequest()
+    rank = process_groups.rank_from_environment()
+    stop = StopRequest(rank)
     stop.install()
     started = process_groups.start()
     directory = RunDirectory(config.run.directory)
-    rank = process_groups.rank_from_environment()
     metrics: Metrics = NullMetrics()
     try:
         choice = process_groups.on_rank_zero(lambda: _open_run(directory, loaded))

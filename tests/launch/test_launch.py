@@ -56,7 +56,11 @@ def ask_for(size):
         (run / "next_layout.json").write_text(json.dumps({"world_size": size}))
     meet("asked")
     sys.exit(76)
-print(f"rank {rank} of {world} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+def tell(text):
+    "In one write: the agent starts Python unbuffered, where print makes two"
+    sys.stdout.write(text + "\\n")
+    sys.stdout.flush()
+tell(f"rank {rank} of {world} threads {os.environ['OMP_NUM_THREADS']}")
 meet("started")
 """
 
@@ -265,7 +269,7 @@ def test_two_nodes_meet_and_their_ranks_talk_to_each_other(trainer: Path) -> Non
     torch.distributed.init_process_group("gloo")
     total = torch.tensor(float(rank + 1))
     torch.distributed.all_reduce(total)
-    print("sum", total.item(), flush=True)
+    tell(f"sum {total.item()}")
     torch.distributed.destroy_process_group()
     """
     results = two_nodes(trainer, workers)

@@ -1,0 +1,399 @@
+"""The three measurements of ``bench_train.py``: train and a bare loop, plan and allocation, growth and resume.
+
+Owns: what is timed, in which order, and the figures that come of it.
+Does not own: options, the configuration and how figures are shown (``bench_train.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from rich.console import Console as RichConsole
+
+from growth_megatron.checkpoint.manifest import Manifest, record_validation_losses
+from growth_megatron.checkpoint.run_directory import RunDirectory
+from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
+from growth_megatron.config.cost import flops_per_token, rank_memory
+from growth_megatron.config.layers import stack_layers
+from growth_megatron.config.load import LoadedConfig, config_hash
+from growth_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
+from growth_megatron.data.dataset import build_train_dataset
+from growth_megatron.data.loader import BatchLoader
+from growth_megatron.growth.alias import grow_checkpoint
+from growth_megatron.growth.plan import plan_depth
+from growth_megatron.model.init import InitSource
+from growth_megatron.parallel import process_groups
+from growth_megatron.train.console import Console, LiveConsole, Position, open_console
+from growth_megatron.train.engine import Batch, Engine
+from growth_megatron.train.loop import RunContext, StageLoop
+from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
+from growth_megatron.train.progress import Progress
+from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
+
+T = TypeVar("T")
+Figures = dict[str, Any]
+Times = tuple[float, float]  # wall clock and CPU seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all three measurements share."""
+
+    config: RunConfig
+    stage: StageConfig
+    folder: Path
+    turns: int
+    steps: int
+    live: bool
+
+    def context(self, stages: Sequence[StageConfig], name: str, metrics: Metrics) -> RunContext:
+        """A run of ``stages`` in a folder of its own. Call on all ranks."""
+        config = self.config.model_copy(update={"stages": tuple(stages)})
+        text = yaml.safe_dump(config.model_dump(mode="json"))
+        directory = RunDirectory(self.folder / name)
+        log = process_groups.on_all_ranks(lambda: open_rank_log(directory.path, dist.get_rank()))
+        sequence, seed = self.stage.model.sequence_length, config.run.seed
+        data = process_groups.on_all_ranks(
+            lambda: build_train_dataset(config.data, sequence, seed, self.folder / "cache")
+        )
+        loaded = LoadedConfig(config, text, config_hash(config))
+        return RunContext(
+            loaded, directory, metrics, StopRequest(), Watchdog(log), data, None, {}, dist.get_world_size()
+        )
+
+
+class StepClock:
+    """Metrics of a run that note when each step was done: the loop reports once a step, when all else is done."""
+
+    def __init__(self, inner: Metrics) -> None:
+        self.inner = inner
+        self.ends: list[Times] = []
+        self.saves_s: list[float] = []
+
+    def log(self, kind: str, **fields: Any) -> None:
+        self.inner.log(kind, **fields)
+        if kind == "train":
+            self.ends.append(now())
+        elif kind == "checkpoint":
+            self.saves_s.append(fields["seconds"])
+
+    def progress(self, step: int, stage: str) -> None:
+        self.inner.progress(step, stage)
+        self.ends.append(now())
+
+    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+        self.inner.rewind(step, before_growth=before_growth)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def now() -> Times:
+    """Wall clock and CPU time of this process with all its threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds until ``function`` is done on all ranks, and what it returned here."""
+    synchronize()
+    started = time.perf_counter()
+    value = function()
+    synchronize()
+    return time.perf_counter() - started, value
+
+
+def build(stage: StageConfig, seed: int) -> Engine:
+    """A stage's engine at its layout, its model not filled yet."""
+    process_groups.set_layout(stage.parallel, seed)
+    return Engine(stage)
+
+
+def fresh(stage: StageConfig, seed: int) -> Engine:
+    engine = build(stage, seed)
+    pour_into_model(InitSource(stage.model, seed), engine.models)
+    engine.finish()
+    return engine
+
+
+def read_batches(context: RunContext, stage: StageConfig, steps: int) -> list[list[Batch]]:
+    """This rank's micro-batches of the first ``steps`` steps, on its device."""
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    size, per_step, device = stage.training.micro_batch_size, stage.training.global_batch_size, process_groups.device()
+    with BatchLoader(context.train_data, size, per_step, rank, ranks) as loader:
+        read = [loader.micro_batches(step * per_step) for step in range(steps)]
+    return [[{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches] for batches in read]
+
+
+def bare_forward(iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, lambda losses: (losses.mean(), {})
+
+
+def bare_steps(engine: Engine, steps: Sequence[Sequence[Batch]]) -> list[Times]:
+    """Train on ``steps`` with nothing but megatron-core; when each step was done."""
+    ends, models = [], engine.wrapped
+    run = get_forward_backward_func()
+    for batches in steps:
+        for chunk in models:
+            chunk.zero_grad_buffer()
+        engine.optimizer.zero_grad()
+        run(
+            forward_step_func=bare_forward,
+            data_iterator=[iter(batches) for _ in models] if len(models) > 1 else iter(batches),
+            model=models if len(models) > 1 else models[0],
+            num_microbatches=len(batches),
+            seq_length=engine.stage.model.sequence_length,
+            micro_batch_size=engine.stage.training.micro_batch_size,
+            forward_only=False,
+        )
+        engine.optimizer.step()
+        ends.append(now())
+    return ends
+
+
+def matmul_flops_per_s(precision: str) -> float:
+    """Rate of a large matrix product on this rank's device, all ranks at once."""
+    size = 8192 if torch.cuda.is_available() else 1536
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=process_groups.device()).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    times = [timed(lambda: torch.mm(a, b))[0] for _ in range(5)]
+    return 2 * size**3 / statistics.median(times)
+
+
+@contextlib.contextmanager
+def console_to(path: Path) -> Iterator[None]:
+    """What a run prints goes to a file, so that the figures stand by themselves."""
+    with open("/dev/null" if dist.get_rank() else path, "w") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+def open_metrics(bench: Bench, context_path: Path, stage: StageConfig) -> Metrics:
+    if dist.get_rank():
+        return NullMetrics()
+    context_path.mkdir(parents=True, exist_ok=True)
+    lengths, total = {stage.name: stage.num_steps}, float(flops_per_token(stage.model)) * stage.tokens_per_step
+    console: Console = open_console(lengths, total)
+    if bench.live:
+        console = LiveConsole(RichConsole(force_terminal=True, width=120), Position(lengths, total))
+    return MetricsLogger(context_path, bench.config.logging, lengths, total_flops=total, console=console)
+
+
+def train_against_bare(bench: Bench, engine: Engine) -> Figures:
+    """Part 1. The first step of each turn is left out on both sides, and the first turn."""
+    stage = engine.stage
+    train: list[list[Times]] = []
+    bare: list[list[Times]] = []
+    matmul: list[float] = []
+    with console_to(bench.folder / "console.log"):
+        clock = StepClock(open_metrics(bench, bench.folder / "train", stage))
+        context = bench.context([stage], "train", clock)
+        batches = read_batches(context, stage, stage.num_steps)
+
+        def run_train() -> None:
+            clock.ends.clear()
+            samples = len(train) * stage.num_steps * stage.training.global_batch_size
+            StageLoop(context, engine, None, Progress(consumed_samples=samples)).run()
+            train.append(steps_of(clock.ends))
+
+        def run_bare() -> None:
+            bare.append(steps_of(bare_steps(engine, batches)))
+
+        for turn in range(bench.turns + 1):
+            matmul.append(matmul_flops_per_s(stage.training.precision))
+            for run in (run_train, run_bare) if turn % 2 else (run_bare, run_train):
+                gc.collect()
+                synchronize()
+                run()
+        context.watchdog.close()
+        clock.close()
+    return train_figures(stage, train[1:], bare[1:], clock.saves_s[1:], statistics.median(matmul[1:]))
+
+
+def train_figures(
+    stage: StageConfig,
+    train: Sequence[Sequence[Times]],
+    bare: Sequence[Sequence[Times]],
+    saves_s: Sequence[float],
+    matmul: float,
+) -> Figures:
+    """``train`` and ``bare`` hold the steps of each turn, ``matmul`` is in FLOP/s per rank."""
+    step_s, bare_s = (statistics.median(step[0] for turn in turns for step in turn) for turns in (train, bare))
+    flops = stage.tokens_per_step * flops_per_token(stage.model) / dist.get_world_size()
+    wall, cpu = ([mean(a, i) / mean(b, i) for a, b in zip(train, bare, strict=True)] for i in (0, 1))
+    return {
+        "train_to_bare": step_s / bare_s,
+        "train_to_bare_of_turns": quartiles(wall),
+        "train_to_bare_cpu_time": quartiles(cpu),
+        "share_of_matmul": flops / step_s / matmul,
+        "bare_share_of_matmul": flops / bare_s / matmul,
+        "save_to_step": statistics.median(saves_s) / step_s if saves_s else None,
+        "step_s": step_s,
+        "bare_step_s": bare_s,
+        "tokens_per_s": stage.tokens_per_step / step_s,
+        "tflops_per_s_per_rank": flops / step_s / 1e12,
+        "matmul_tflops_per_s_per_rank": matmul / 1e12,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "steps_s": {"train": [[t[0] for t in turn] for turn in train], "bare": [[t[0] for t in turn] for turn in bare]},
+    }
+
+
+def steps_of(ends: Sequence[Times]) -> list[Times]:
+    """Wall and CPU seconds of each step but the first."""
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]
+
+
+def mean(turn: Sequence[Times], which: int) -> float:
+    return statistics.fmean(step[which] for step in turn)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+
+
+def peak_memory_bytes() -> int:
+    """Of the device that this rank has, or of its process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_against_plan(engine: Engine) -> Figures:
+    """Part 2: planned over allocated bytes of the rank where the two differ most."""
+    stage, ranks = engine.stage, parallel_state.get_data_parallel_world_size()
+    buffers = [buffer for chunk in engine.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    state: dict[int, int] = {}
+    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        kept = [entry[key] for entry in optimizer.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        if stage.training.precision == "bf16":  # in fp32 the parameters are their own masters
+            kept += [master for group in optimizer.optimizer.param_groups for master in group["params"]]
+        state |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    allocated = {
+        "weights": sum(buffer.param_data.nbytes for buffer in buffers),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": sum(state.values()),
+    }
+    micro_batches = stage.training.global_batch_size // (stage.training.micro_batch_size * ranks)
+    planned = rank_memory(stage, parallel_state.get_pipeline_model_parallel_rank(), ranks, micro_batches)
+    ratios = {name: getattr(planned, f"{name}_bytes") / allocated[name] for name in allocated}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, ratios)
+    worst = {name: max((r[name] for r in everywhere), key=lambda ratio: abs(ratio - 1)) for name in allocated}
+    return {
+        "planned_to_allocated": worst,
+        "plan_error": max(abs(ratio - 1) for ratio in worst.values()),
+        "allocated_bytes_rank_0": allocated,
+    }
+
+
+class Growth:
+    """Part 3: one small and one whole engine, saved and loaded in turn."""
+
+    def __init__(self, bench: Bench, factor: int, optimizer_state: str) -> None:
+        self.bench, self.seed, whole = bench, bench.config.run.seed, bench.stage
+        model = whole.model.model_copy(update={"num_layers": whole.model.num_layers // factor})
+        training = whole.training.model_copy(update={"steps": 1})
+        base = whole.model_copy(update={"name": "small", "model": model, "training": training})
+        growth = GrowthConfig.model_validate({"operator": "stack", "optimizer_state": optimizer_state})
+        self.stages = (base, whole.model_copy(update={"name": "whole", "growth": growth, "training": training}))
+        self.engines = [self._stepped(stage) for stage in self.stages]
+
+    def _stepped(self, stage: StageConfig) -> Engine:
+        engine = fresh(stage, self.seed)
+        batches = read_batches(self.bench.context([stage], "growth", NullMetrics()), stage, 1)
+        engine.train_step(batches[0], 1e-4)
+        return engine
+
+    def turn(self, number: int, grows: bool) -> Figures:
+        """Seconds of each part of one save and resume, with a growth between them or without."""
+        stage = 0 if grows else 1
+        context = self.bench.context(self.stages, f"growth/{number}_{stage}", NullMetrics())
+        directory, at_end = context.directory, Progress(step=1, stage=stage, stage_step=1)
+        times: Figures = {}
+        # At a stage's end all that is left for run() to do is to save.
+        times["save"], _ = timed(StageLoop(context, self.engines[stage], None, at_end).run)
+        times["choose"], (path, manifest) = timed(lambda: newest(directory))
+        if grows:
+            times["grow"], (path, _) = timed(lambda: self._grow(directory, path, manifest))
+        self.engines.pop()
+        gc.collect()
+        times["build"], engine = timed(lambda: build(self.stages[1], self.seed))
+        times["finish"], _ = timed(engine.finish)
+        times["load"], _ = timed(lambda: load_into_model(path, engine.models, engine.optimizer))
+        if grows:
+            times["record"], _ = timed(
+                lambda: process_groups.on_rank_zero(lambda: record_validation_losses(path, 9.0, 9.0))
+            )
+        self.engines.append(engine)
+        context.watchdog.close()
+        process_groups.on_rank_zero(lambda: shutil.rmtree(directory.path))
+        return times
+
+    def _grow(self, directory: RunDirectory, source: Path, manifest: Manifest) -> tuple[Path, Manifest]:
+        """What ``train`` does between two stages."""
+        target, path = self.stages[1], directory.checkpoint_path(1, grown=True)
+        assert target.growth is not None
+        state = target.growth.optimizer_state
+
+        def grow() -> None:
+            layers = stack_layers(manifest.geometry.num_layers, target.model.num_layers)
+            plan = plan_depth(manifest.geometry, target.model, layers)
+            grow_checkpoint(source, path, plan, state, seed=self.seed, stage=1)
+            directory.point_latest(path)
+
+        process_groups.on_rank_zero(grow)
+        return newest(directory)
+
+
+def newest(directory: RunDirectory) -> tuple[Path, Manifest]:
+    """What a run resumes from, chosen as ``train`` does."""
+    choice = process_groups.on_rank_zero(lambda: directory.choose_resume("must"))
+    assert choice.path is not None
+    assert choice.manifest is not None
+    return choice.path, choice.manifest
+
+
+def growth_against_resume(bench: Bench, factor: int, optimizer_state: str) -> Figures:
+    growth = Growth(bench, factor, optimizer_state)
+    taken: dict[bool, list[Figures]] = {True: [], False: []}
+    for number in range(bench.turns + 1):
+        for grows in (True, False) if number % 2 else (False, True):
+            taken[grows].append(growth.turn(number, grows))
+    # Building the model is the same on both sides and would hide a difference.
+    io = {grows: [sum(t.values()) - t["build"] - t["finish"] for t in turns[1:]] for grows, turns in taken.items()}
+    everything = {grows: [sum(t.values()) for t in turns[1:]] for grows, turns in taken.items()}
+    medians = {
+        name: {part: statistics.median(t[part] for t in taken[grows][1:]) for part in taken[grows][0]}
+        for name, grows in (("save_grow_resume_s", True), ("save_resume_s", False))
+    }
+    turns = [a / b for a, b in zip(io[True], io[False], strict=True)]
+    return {
+        "growth_to_resume": statistics.median(io[True]) / statistics.median(io[False]),
+        "growth_to_resume_of_turns": quartiles(turns),
+        "growth_to_resume_with_build": statistics.median(everything[True]) / statistics.median(everything[False]),
+        "grow_to_load": medians["save_grow_resume_s"]["grow"] / medians["save_grow_resume_s"]["load"],
+        **medians,
+    }
