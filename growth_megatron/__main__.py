@@ -209,7 +209,7 @@ def _add_checkpoint_commands(commands: Commands) -> None:
         "growth-megatron grow runs/a/latest runs/b/start --set num_layers=24",
         "growth-megatron grow runs/a/latest runs/b/start --layers '1-234*7-56' --optimizer-state carry --dry-run",
     )
-    grow.add_argument("source", metavar="SOURCE", help="a checkpoint")
+    grow.add_argument("source", metavar="SOURCE", help="a checkpoint, RUN/latest or a run directory")
     grow.add_argument("target", metavar="TARGET", help="folder to be made")
     grow.add_argument("--operator", choices=["stack"], default="stack", help="stack: layer j copies layer j mod l")
     grow.add_argument("--set", dest="settings", nargs="+", default=[], metavar="a=b", help="num_layers=N")
@@ -224,7 +224,7 @@ def _add_checkpoint_commands(commands: Commands) -> None:
         "Say what a checkpoint holds: progress, geometry, layout, lineage, tensors.",
         "growth-megatron inspect runs/quickstart/latest",
     )
-    inspect.add_argument("checkpoint", metavar="CHECKPOINT")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest or a run directory")
     inspect.add_argument("--json", action="store_true")
     verify = _command(
         commands,

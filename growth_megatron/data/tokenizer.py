@@ -161,6 +161,10 @@ def train_tokenizer(
     Raises: DataError where the corpus is empty, or too small or too large for ``vocab_size``, or ``output`` exists.
     """
     output = Path(output)
+    if vocab_size < 1:
+        raise DataError(f"--vocab-size {vocab_size} is not a number of entries; use 300 or more")
+    if any(parent.exists() and not parent.is_dir() for parent in output.parents):
+        raise DataError(f"{output} lies below a file; give another --output")
     if output.exists() and not overwrite:
         raise DataError(f"{output} exists already; give --overwrite to replace it or another --output")
     lines = sample_lines(list_sources(inputs), max_bytes, text_field)

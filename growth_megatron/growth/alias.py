@@ -261,6 +261,8 @@ def _check(source: Path, target: Path, plan: GrowthPlan) -> Manifest:
     if target.exists():
         if validate_checkpoint(target) is None:
             raise CheckpointError(f"{target} exists and is a valid checkpoint; choose another target or remove it")
+        if not target.is_dir():
+            raise CheckpointError(f"{target} exists and is a file; choose another target")
         if any(target.iterdir()) and not (target / METADATA_NAME).exists() and not (target / MANIFEST_NAME).exists():
             raise CheckpointError(f"{target} exists and is not a checkpoint; choose another target")
     return manifest
@@ -281,7 +283,9 @@ def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: Fil
         )
     _LOG.warning(
         "%s and %s cannot share files by hard links (two file systems?): copying %.3g GB",
-        source, folder.parent, needed / 1e9,
+        source,
+        folder.parent,
+        needed / 1e9,
     )
     for name in names:
         if not (folder / name).exists():

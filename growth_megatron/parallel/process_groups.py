@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from growth_megatron.config.schema import ParallelConfig
+from growth_megatron.errors import ConfigError
 from growth_megatron.parallel.cpu_adapter import adapt_megatron_to_cpu
 from growth_megatron.parallel.megatron_fixes import fix_megatron
 
@@ -25,18 +26,27 @@ T = TypeVar("T")
 
 def world_size_from_environment() -> int:
     """World size as torchrun announces it; 1 without torchrun. Needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _environment_number("WORLD_SIZE", 1)
 
 
 def rank_from_environment() -> int:
     """Rank as torchrun announces it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return _environment_number("RANK", 0)
+
+
+def _environment_number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(
+            f"the environment variable {name} is {value!r}, not a number; start with torchrun, or unset it"
+        )
+    return int(value)
 
 
 def device() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", _environment_number("LOCAL_RANK", 0))
     return torch.device("cpu")
 
 

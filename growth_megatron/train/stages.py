@@ -1,7 +1,7 @@
 """A run from wherever it stands to its end: resume or start, train a stage, grow, train the next.
 
-Owns: the walk over the stages, and what a resumed run checks before it goes on.
-Does not own: steps within a stage (``train.loop``), the growth itself (``growth``).
+Owns: the walk over the stages, the growth between two of them as the run sees it.
+Does not own: what a resumed run checks (``train.resume``), steps within a stage (``train.loop``), ``growth`` itself.
 
 The state of a run is its newest valid checkpoint and nothing else. Every turn of the walk looks at that checkpoint: in
 the middle of a stage it goes on training, at a stage's end it grows, at the run's end it is done. So a run killed
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,8 +23,8 @@ from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
 from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.cost import flops_per_token
 from growth_megatron.config.layers import connection_rate, resolve_layers
-from growth_megatron.config.load import LoadedConfig, load_config
-from growth_megatron.config.schema import ModelConfig, RunConfig
+from growth_megatron.config.load import LoadedConfig
+from growth_megatron.config.schema import RunConfig
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
@@ -34,8 +32,6 @@ from growth_megatron.errors import (
     EXIT_NEXT_LAYOUT,
     EXIT_OK,
     EXIT_STOPPED_EARLY,
-    CheckpointError,
-    GrowthMegatronError,
 )
 from growth_megatron.growth.alias import GrowthResult, grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
@@ -46,8 +42,7 @@ from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.progress import Progress
 from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
-
-NEXT_LAYOUT_NAME = "next_layout.json"
+from growth_megatron.train.resume import NEXT_LAYOUT_NAME, open_run
 
 
 def train(loaded: LoadedConfig) -> int:
@@ -66,7 +61,7 @@ def train(loaded: LoadedConfig) -> int:
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()
     try:
-        choice = process_groups.on_rank_zero(lambda: _open_run(directory, loaded))
+        choice = process_groups.on_rank_zero(lambda: open_run(directory, loaded))
         log = open_rank_log(directory.path, rank)
         watchdog = Watchdog(log)
         watchdog.alive()
@@ -183,7 +178,8 @@ def _record_growth(
         losses = [line for line in known if line["kind"] == "validation" and line["step"] == manifest.step]
         if before is None and losses:
             before = losses[0]["validation_loss"]
-        record_validation_losses(path, before, loss_after)
+        if path.parent == context.directory.checkpoints_path:  # a checkpoint of another run is not ours to write to
+            record_validation_losses(path, before, loss_after)
         context.metrics.log(
             "growth",
             step=manifest.step,
@@ -200,76 +196,6 @@ def _record_growth(
         )
 
     process_groups.on_rank_zero(update)
-
-
-def _open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
-    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
-    config = loaded.config
-    recovered = directory.recover()
-    choice = directory.choose_resume(config.checkpoint.resume)
-    for text in recovered:
-        print(f"checkpoints: {text}", flush=True)
-    for skipped in choice.skipped:
-        print(f"checkpoints: skipped {skipped.path}: {skipped.reason}", flush=True)
-    if choice.path is not None and choice.manifest is not None:
-        print(f"resuming from {choice.path} (step {choice.manifest.step})", flush=True)
-        _check_geometry(config, choice.path, choice.manifest)
-        if choice.manifest.config_hash != loaded.hash:
-            _show_changes(choice.path, config)
-    directory.path.mkdir(parents=True, exist_ok=True)
-    (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
-    (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
-    return choice
-
-
-def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
-    if manifest.stage >= len(config.stages):
-        raise CheckpointError(
-            f"{path} is of stage {manifest.stage + 1} but the configuration has {len(config.stages)} stage(s); "
-            "give the configuration the run was started with, or another run.directory"
-        )
-    stage = config.stages[manifest.stage]
-    differing = geometry_differences(manifest.geometry, stage.model)
-    if differing:
-        remedy = f"growth-megatron grow {path} TARGET --operator stack --set num_layers={stage.model.num_layers}"
-        raise CheckpointError(
-            f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. Give model: the checkpoint's "
-            f"values, choose another run.directory, or grow the checkpoint: {remedy}"
-        )
-
-
-def geometry_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """The fields in which two geometries differ, as ``name stored -> wanted``; initialisation does not count."""
-    then, now = _geometry(stored), _geometry(wanted)
-    return [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]]
-
-
-def _geometry(model: ModelConfig) -> dict[str, Any]:
-    fields = model.model_dump(exclude={"init_std", "vocab_multiple", "vocab_size"})
-    resolved = {"num_query_groups": model.query_groups, "head_dim": model.kv_channels}
-    return {**fields, **resolved, "padded_vocab_size": model.padded_vocab_size}
-
-
-def _show_changes(path: Path, config: RunConfig) -> None:
-    """Say what a resumed run's configuration changes; learning rate and decay follow the new one at once."""
-    try:
-        before = _flat(load_config(path / "config.yaml").config.model_dump())
-    except GrowthMegatronError:
-        return  # stored by another version; the checkpoint itself has been checked
-    after = _flat(config.model_dump())
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            print(f"config changed since this checkpoint: {name}: {before.get(name)} -> {after.get(name)}", flush=True)
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items: Sequence[tuple[str, Any]] = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {name: value}
-    return {key: leaf for k, v in items for key, leaf in _flat(v, f"{name}.{k}" if name else k).items()}
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:

@@ -283,5 +283,3 @@ def test_a_manifest_of_another_folder_is_no_checkpoint_of_the_run(tmp_path: Path
     run.apply_retention(keep_last=1)
     assert run.checkpoints() == [path]
     assert (path.parent / "best").is_dir()
-
-

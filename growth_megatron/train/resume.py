@@ -1,0 +1,94 @@
+"""What a run checks before it goes on where it was.
+
+Owns: the choice of the checkpoint on rank 0, its fit to the configuration, what is shown of changes between the two.
+Does not own: the walk over the stages (``train.stages``), the data's fingerprint (``data.fingerprint``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from growth_megatron.checkpoint.manifest import Manifest
+from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.config.load import LoadedConfig, load_config
+from growth_megatron.config.schema import ModelConfig, RunConfig
+from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
+
+NEXT_LAYOUT_NAME = "next_layout.json"
+
+
+def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
+    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
+    config = loaded.config
+    recovered = directory.recover()
+    choice = directory.choose_resume(config.checkpoint.resume)
+    for text in recovered:
+        print(f"checkpoints: {text}", flush=True)
+    for skipped in choice.skipped:
+        print(f"checkpoints: skipped {skipped.path}: {skipped.reason}", flush=True)
+    if choice.path is not None and choice.manifest is not None:
+        print(f"resuming from {choice.path} (step {choice.manifest.step})", flush=True)
+        _check_geometry(config, choice.path, choice.manifest)
+        if choice.manifest.config_hash != loaded.hash:
+            _show_changes(choice.path, config)
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
+        (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run.directory {directory.path} cannot be written ({error.strerror}); choose a folder that can"
+        ) from error
+    return choice
+
+
+def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
+    if manifest.stage >= len(config.stages):
+        raise CheckpointError(
+            f"{path} is of stage {manifest.stage + 1} but the configuration has {len(config.stages)} stage(s); "
+            "give the configuration the run was started with, or another run.directory"
+        )
+    stage = config.stages[manifest.stage]
+    differing = geometry_differences(manifest.geometry, stage.model)
+    if differing:
+        remedy = "Give model: the checkpoint's values, or choose another run.directory"
+        if len(differing) == 1 and manifest.geometry.num_layers < stage.model.num_layers:
+            command = f"growth-megatron grow {path} TARGET --operator stack --set num_layers={stage.model.num_layers}"
+            remedy += f", or grow the checkpoint: {command}"
+        raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
+
+
+def geometry_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """The fields in which two geometries differ, as ``name stored -> wanted``; initialisation does not count."""
+    then, now = _geometry(stored), _geometry(wanted)
+    return [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]]
+
+
+def _geometry(model: ModelConfig) -> dict[str, Any]:
+    fields = model.model_dump(exclude={"init_std", "vocab_multiple", "vocab_size"})
+    resolved = {"num_query_groups": model.query_groups, "head_dim": model.kv_channels}
+    return {**fields, **resolved, "padded_vocab_size": model.padded_vocab_size}
+
+
+def _show_changes(path: Path, config: RunConfig) -> None:
+    """Say what a resumed run's configuration changes; learning rate and decay follow the new one at once."""
+    try:
+        before = _flat(load_config(path / "config.yaml").config.model_dump())
+    except GrowthMegatronError:
+        return  # stored by another version; the checkpoint itself has been checked
+    after = _flat(config.model_dump())
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            print(f"config changed since this checkpoint: {name}: {before.get(name)} -> {after.get(name)}", flush=True)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items: Sequence[tuple[str, Any]] = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {key: leaf for k, v in items for key, leaf in _flat(v, f"{name}.{k}" if name else k).items()}
