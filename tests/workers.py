@@ -217,3 +217,14 @@ def initial_shards(layout: dict[str, Any]) -> list[Any]:
             )
             for shard in _tensor_shards(_model_state(engine.models))
         ]
+
+
+def logits(models: list[dict[str, Any]], tokens: list[int]) -> list[list[list[float]]]:
+    """Logits ``[s][padded vocabulary]`` of freshly initialised models."""
+    results = []
+    for model in models:
+        with fresh_engine(stage_of({}, model)) as engine, torch.no_grad():
+            ids = torch.tensor([tokens])
+            output = engine.models[0](ids, torch.arange(len(tokens))[None], None)  # [b, s, v]
+            results.append(output[0].tolist())
+    return results

@@ -190,15 +190,15 @@ def console_to(path: Path) -> Iterator[None]:
         yield
 
 
-def open_metrics(bench: Bench, context_path: Path, stage: StageConfig) -> Metrics:
+def open_metrics(bench: Bench, run_path: Path, stage: StageConfig) -> Metrics:
     if dist.get_rank():
         return NullMetrics()
-    context_path.mkdir(parents=True, exist_ok=True)
+    run_path.mkdir(parents=True, exist_ok=True)
     lengths, total = {stage.name: stage.num_steps}, float(flops_per_token(stage.model)) * stage.tokens_per_step
     console: Console = open_console(lengths, total)
-    if bench.live:
-        console = LiveConsole(RichConsole(force_terminal=True, width=120), Position(lengths, total))
-    return MetricsLogger(context_path, bench.config.logging, lengths, total_flops=total, console=console)
+    if bench.live:  # standard output is a file by now
+        console = LiveConsole(RichConsole(force_terminal=True), Position(lengths, total))
+    return MetricsLogger(run_path, bench.config.logging, lengths, total_flops=total, console=console)
 
 
 def train_against_bare(bench: Bench, engine: Engine) -> Figures:
@@ -389,11 +389,13 @@ def growth_against_resume(bench: Bench, factor: int, optimizer_state: str) -> Fi
         name: {part: statistics.median(t[part] for t in taken[grows][1:]) for part in taken[grows][0]}
         for name, grows in (("save_grow_resume_s", True), ("save_resume_s", False))
     }
-    turns = [a / b for a, b in zip(io[True], io[False], strict=True)]
     return {
         "growth_to_resume": statistics.median(io[True]) / statistics.median(io[False]),
-        "growth_to_resume_of_turns": quartiles(turns),
+        "growth_to_resume_of_turns": quartiles([a / b for a, b in zip(io[True], io[False], strict=True)]),
+        "growth_to_own_save_and_load": statistics.median(
+            seconds / (seconds - turn["grow"] - turn["record"])
+            for seconds, turn in zip(io[True], taken[True][1:], strict=True)
+        ),
         "growth_to_resume_with_build": statistics.median(everything[True]) / statistics.median(everything[False]),
-        "grow_to_load": medians["save_grow_resume_s"]["grow"] / medians["save_grow_resume_s"]["load"],
         **medians,
     }

@@ -67,7 +67,7 @@ DEFAULT: Figures = {
         "sequence_length": 256,
     },
     "schedule": {"learning_rate": 1e-4},
-    "training": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 4},
+    "training": {"steps": 1, "global_batch_size": 4, "micro_batch_size": 2},
 }
 QUICK = ["model.hidden_size=64", "model.ffn_hidden_size=128", "model.sequence_length=32", "model.vocab_size=512"]
 LIMITS = {"train_to_bare": 1.05, "plan_error": 0.10, "growth_to_resume": 1.5}
@@ -162,7 +162,7 @@ def print_figures(figures: Figures) -> None:
         "growth_to_resume": "save + grow + resume / save + resume, medians",
         "growth_to_resume_of_turns": "  of turns, quartiles",
         "growth_to_resume_with_build": "  with building the model on both sides",
-        "grow_to_load": "the growth itself / a load",
+        "growth_to_own_save_and_load": "  to the same save and load without the growth",
     }
     print(
         f"{figures['parameters']:,} parameters, {figures['world_size']} rank(s) x {figures['threads_per_rank']} "

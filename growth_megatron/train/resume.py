@@ -22,6 +22,7 @@ NEXT_LAYOUT_NAME = "next_layout.json"
 def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
     """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
     config = loaded.config
+    _prepare(directory)
     recovered = directory.recover()
     choice = directory.choose_resume(config.checkpoint.resume)
     for text in recovered:
@@ -33,15 +34,18 @@ def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
         _check_geometry(config, choice.path, choice.manifest)
         if choice.manifest.config_hash != loaded.hash:
             _show_changes(choice.path, config)
+    (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
+    (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
+    return choice
+
+
+def _prepare(directory: RunDirectory) -> None:
     try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
-        (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
+        directory.lock()
     except OSError as error:
         raise ConfigError(
             f"run.directory {directory.path} cannot be written ({error.strerror}); choose a folder that can"
         ) from error
-    return choice
 
 
 def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ from tests.ranks import ROOT, environment, run_ranks
 TP2 = ["parallel.tensor_parallel_size=2"]
 PP2 = ["parallel.pipeline_parallel_size=2"]
 TP2_PP2 = [*TP2, *PP2]
+GROWN_PP2 = "{pipeline_parallel_size: 2, virtual_pipeline_parallel_size: 2}"
 
 
 def _records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -91,14 +92,17 @@ def test_resume_at_another_layout_follows_the_uninterrupted_run(
     def at(name: str, *layout: str) -> list[str]:
         return [f"run.directory={tmp_path / name}", *layout]
 
-    assert _train(2, growing_config, at("tp2", *TP2), at("pp2", *PP2)) == [0, 0]
+    changing = at(
+        "tp2_grown_pp2", "stages.base.parallel={tensor_parallel_size: 2}", "stages.grown.parallel=" + GROWN_PP2
+    )
+    assert _train(2, growing_config, at("tp2", *TP2), at("pp2", *PP2), changing) == [0, 0, 0]
     assert _train(4, growing_config, at("tp2pp2", *TP2_PP2)) == [0]
     for source, name in (("tp2", "tp2_pp2"), ("pp2", "pp2_dp2"), ("tp2", "tp2_tp2"), ("tp2pp2", "tp2pp2_one")):
         _copy_until(tmp_path / source, tmp_path / name, 4)
     assert _train(2, growing_config, at("tp2_pp2", *PP2), at("pp2_dp2"), at("tp2_tp2", *TP2)) == [0, 0, 0]
     assert _train(1, growing_config, at("tp2pp2_one")) == [0]
     expected = _losses(reference)
-    for name in ("tp2", "pp2", "tp2pp2", "tp2_pp2", "pp2_dp2", "tp2pp2_one"):
+    for name in ("tp2", "pp2", "tp2pp2", "tp2_grown_pp2", "tp2_pp2", "pp2_dp2", "tp2pp2_one"):
         losses = _losses(tmp_path / name)
         assert losses.keys() == expected.keys()
         assert max(abs(losses[step] - expected[step]) for step in expected) <= 1e-5, name
@@ -251,3 +255,24 @@ def test_a_changed_learning_rate_takes_effect_and_is_shown(
     assert resumed.returncode == 0, resumed.stdout
     assert "stages.0.schedule.learning_rate: 0.003 -> 0.001" in resumed.stdout
     assert {r["learning_rate"] for r in _records(run) if r["step"] in (5, 6)} == {0.001}
+
+
+def test_a_second_job_in_the_same_run_is_turned_away(growing_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "shared"
+    process = subprocess.Popen(
+        _command(growing_config, f"run.directory={run}", "stages.grown.training.steps=1000"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step  " in line:
+            break
+    second = _run(growing_config, f"run.directory={run}")
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2, second.stdout
+    assert "another job is running" in second.stdout
