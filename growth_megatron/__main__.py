@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"growth-megatron {options.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe has gone (| head)
+    except BrokenPipeError:
+        if options.command == "train":
+            raise  # not a reader that has gone, but a process that it needs
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the interpreter flush to it
         return EXIT_OK
 

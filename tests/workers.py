@@ -50,6 +50,7 @@ def fresh_engine(stage: StageConfig, seed: int = 7) -> Iterator[Engine]:
     pour_into_model(InitSource(stage.model, seed), engine.models)
     engine.finish()
     yield engine
+    engine.close()
     del engine
     gc.collect()
 
@@ -78,7 +79,7 @@ def losses_of_layouts(cases: list[dict[str, Any]], steps: int = 10) -> list[dict
         stage = stage_of(**case)
         with fresh_engine(stage) as engine:
             done = [engine.train_step(batches(step, stage), 1e-3) for step in range(steps)]
-            evaluated, _ = engine.evaluate(batches(steps, stage))
+            evaluated = engine.evaluate(batches(steps, stage))
         results.append({"losses": [r.loss for r in done], "norms": [r.grad_norm for r in done], "evaluated": evaluated})
     return results
 

@@ -130,6 +130,7 @@ def build(stage: StageConfig, seed: int) -> Engine:
 
 
 def fresh(stage: StageConfig, seed: int) -> Engine:
+    """A stage's engine with initial weights."""
     engine = build(stage, seed)
     pour_into_model(InitSource(stage.model, seed), engine.models)
     engine.finish()
@@ -153,8 +154,7 @@ def bare_forward(iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
 
 def bare_steps(engine: Engine, steps: Sequence[Sequence[Batch]]) -> list[Times]:
     """Train on ``steps`` with nothing but megatron-core; when each step was done."""
-    ends, models = [], engine.wrapped
-    run = get_forward_backward_func()
+    ends, models, run = [], engine.wrapped, get_forward_backward_func()
     for batches in steps:
         for chunk in models:
             chunk.zero_grad_buffer()
@@ -240,11 +240,14 @@ def train_figures(
     matmul: float,
 ) -> Figures:
     """``train`` and ``bare`` hold the steps of each turn, ``matmul`` is in FLOP/s per rank."""
-    step_s, bare_s = (statistics.median(step[0] for turn in turns for step in turn) for turns in (train, bare))
+    (fast_s, step_s, _), (fast_bare_s, bare_s, _) = (
+        quartiles([step[0] for turn in turns for step in turn]) for turns in (train, bare)
+    )
     flops = stage.tokens_per_step * flops_per_token(stage.model) / dist.get_world_size()
     wall, cpu = ([mean(a, i) / mean(b, i) for a, b in zip(train, bare, strict=True)] for i in (0, 1))
     return {
         "train_to_bare": step_s / bare_s,
+        "train_to_bare_undisturbed": fast_s / fast_bare_s,
         "train_to_bare_of_turns": quartiles(wall),
         "train_to_bare_cpu_time": quartiles(cpu),
         "share_of_matmul": flops / step_s / matmul,
@@ -319,13 +322,10 @@ class Growth:
         base = whole.model_copy(update={"name": "small", "model": model, "training": training})
         growth = GrowthConfig.model_validate({"operator": "stack", "optimizer_state": optimizer_state})
         self.stages = (base, whole.model_copy(update={"name": "whole", "growth": growth, "training": training}))
-        self.engines = [self._stepped(stage) for stage in self.stages]
-
-    def _stepped(self, stage: StageConfig) -> Engine:
-        engine = fresh(stage, self.seed)
-        batches = read_batches(self.bench.context([stage], "growth", NullMetrics()), stage, 1)
-        engine.train_step(batches[0], 1e-4)
-        return engine
+        self.engines = [fresh(stage, self.seed) for stage in self.stages]
+        for engine in self.engines:
+            context = bench.context(self.stages, "growth", NullMetrics())
+            engine.train_step(read_batches(context, engine.stage, 1)[0], learning_rate=1e-4)
 
     def turn(self, number: int, grows: bool) -> Figures:
         """Seconds of each part of one save and resume, with a growth between them or without."""
@@ -393,8 +393,7 @@ def growth_against_resume(bench: Bench, factor: int, optimizer_state: str) -> Fi
         "growth_to_resume": statistics.median(io[True]) / statistics.median(io[False]),
         "growth_to_resume_of_turns": quartiles([a / b for a, b in zip(io[True], io[False], strict=True)]),
         "growth_to_own_save_and_load": statistics.median(
-            seconds / (seconds - turn["grow"] - turn["record"])
-            for seconds, turn in zip(io[True], taken[True][1:], strict=True)
+            s / (s - turn["grow"] - turn["record"]) for s, turn in zip(io[True], taken[True][1:], strict=True)
         ),
         "growth_to_resume_with_build": statistics.median(everything[True]) / statistics.median(everything[False]),
         **medians,

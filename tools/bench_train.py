@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> Figures:
         "threads_per_rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "parameters": parameter_count(stage.model).total,
+        "load_average_before": os.getloadavg()[0],
         "turns": bench.turns,
         "steps_per_turn": bench.steps,
         "stage": stage.model_dump(mode="json"),
@@ -150,6 +152,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> Figures:
 def print_figures(figures: Figures) -> None:
     rows = {
         "train_to_bare": "train / bare loop, step time, medians of all steps",
+        "train_to_bare_undisturbed": "  lower quartiles, which other work on the machine hardly moves",
         "train_to_bare_of_turns": "  of turns, quartiles",
         "train_to_bare_cpu_time": "  CPU time, of turns, quartiles",
         "share_of_matmul": "train / matrix product, FLOP/s",
@@ -166,7 +169,8 @@ def print_figures(figures: Figures) -> None:
     }
     print(
         f"{figures['parameters']:,} parameters, {figures['world_size']} rank(s) x {figures['threads_per_rank']} "
-        f"thread(s), {figures['device']}, {figures['turns']} turns of {figures['steps_per_turn']} steps"
+        f"thread(s), {figures['device']}, {figures['turns']} turns of {figures['steps_per_turn']} steps, "
+        f"load average {figures['load_average_before']:.1f} before and {os.getloadavg()[0]:.1f} after"
     )
     for name, label in rows.items():
         value, limit = figures.get(name), LIMITS.get(name)
@@ -174,7 +178,7 @@ def print_figures(figures: Figures) -> None:
             continue
         text = "  ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:,.4g}"
         verdict = "" if limit is None else f"at most {limit:g}: {'ok' if value <= limit else 'ABOVE'}"
-        print(f"{label:<54} {text:<22} {verdict}".rstrip())
+        print(f"{label:<63} {text:<22} {verdict}".rstrip())
 
 
 def main(arguments: list[str] | None = None) -> int:

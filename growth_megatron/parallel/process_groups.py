@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -73,23 +74,41 @@ def start(timeout_s: float = 1800.0) -> bool:
 
 
 def set_layout(parallel: ParallelConfig, seed: int) -> None:
-    """Build megatron-core's groups for ``parallel``, ending those of an earlier layout."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    chunks = parallel.chunks
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-    )
+    """Build megatron-core's groups for ``parallel``; those of an earlier, other layout end, with their communicators."""
+    virtual = parallel.chunks if parallel.chunks > 1 else None
+    wanted = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, virtual)
+    if parallel_state.model_parallel_is_initialized() and _current_layout() != wanted:
+        _end_layout()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(*wanted)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _current_layout() -> tuple[int, int, int | None]:
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    )
+
+
+def _end_layout() -> None:
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()  # forgets the groups, ends few of them
+    for group in groups:
+        if (
+            group is not None
+            and group is not dist.GroupMember.NON_GROUP_MEMBER
+            and group in dist.distributed_c10d._world.pg_map
+        ):
+            dist.destroy_process_group(group)
 
 
 def stop() -> None:
     """Leave all groups."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _end_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -129,8 +148,19 @@ def any_rank(flag: bool) -> bool:
     return bool(tensor.item() > 0)
 
 
+def largest(value: float) -> float:
+    """The largest ``value`` of all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor.item())
+
+
 def _outcome(function: Callable[[], Any]) -> list[Any]:
     try:
         return [function(), None]
     except Exception as error:  # handed on to all ranks, which raise it
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return [None, RuntimeError(f"{type(error).__name__}: {error}")]
         return [None, error]

@@ -7,6 +7,7 @@ Does not own: the order of steps (``train.loop``), where weights come from (``tr
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -74,7 +75,7 @@ class Engine:
                 adam_beta1=settings.beta1,
                 adam_beta2=settings.beta2,
                 adam_eps=settings.epsilon,
-                clip_grad=settings.clip_grad,
+                clip_grad=settings.clip_grad or math.inf,  # without clipping the norm is still wanted
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
@@ -87,6 +88,13 @@ class Engine:
         if parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.wrapped]
             config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    def close(self) -> None:
+        """Let go of model, buffers and optimizer state: the configuration ties them into a cycle through autograd's
+        hooks, which Python's collector cannot see through, so that they would live on beside the next stage's."""
+        config = self.models[0].config
+        config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
+        self.models, self.wrapped, self._optimizer = [], [], None
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -114,10 +122,10 @@ class Engine:
         self.set_optimizer_settings(learning_rate)
         _, grad_norm, _ = self.optimizer.step()
         loss, stop = _world_mean_loss(sums, stop_requested)
-        return StepResult(loss, float(grad_norm or 0.0), stop)
+        return StepResult(loss, float(grad_norm), stop)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], stop_requested: bool = False) -> tuple[float, bool]:
+    def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss (nats per token) of this rank's micro-batches and those of all data-parallel peers."""
         for model in self.models:
             model.eval()
@@ -125,7 +133,7 @@ class Engine:
             sums = self._run(batches, forward_only=True)
         for model in self.models:
             model.train()
-        return _world_mean_loss(sums, stop_requested)
+        return _world_mean_loss(sums, False)[0]
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:

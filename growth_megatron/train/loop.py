@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -48,14 +49,15 @@ class RunContext:
     world_size: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Pending:
-    """A checkpoint that is written, or being written, and not yet committed."""
+    """A checkpoint that is being written or summed, and not yet committed."""
 
     folder: Path
     manifest: Manifest
     started: float
     blocking_s: float
+    checksums: Future[dict[str, FileEntry]] | None = None
 
 
 class StageLoop:
@@ -68,6 +70,7 @@ class StageLoop:
         self._lineage = start.lineage if start else ()
         self._saver = Saver()
         self._pending: _Pending | None = None
+        self._summing = ThreadPoolExecutor(1, thread_name_prefix="checksums")
         self._saved_step = progress.step if start else -1
         self._evaluated_step = -1
         self._validation = self._validation_batches()
@@ -78,7 +81,7 @@ class StageLoop:
         self._lineage = manifest.lineage
 
     def run(self) -> bool:
-        """Train to the stage's end, validate there and save. Returns False if stopped early (and saved)."""
+        """Train to the stage's end, validate there and save. Returns False if stopped before it (and saved)."""
         training = self.stage.training
         loader = BatchLoader(
             self.context.train_data,
@@ -92,20 +95,22 @@ class StageLoop:
             self._restart_window()
             while not stopped and not self.progress.ends_stage(self.config):
                 stopped = self._step(loader)
-        if stopped:
+        ended = self.progress.ends_stage(self.config)
+        if not ended:
             self.context.metrics.log("event", step=self.progress.step, event="stop", message=self._stop_message())
         elif self._evaluated_step != self.progress.step:
             self.validate()
         self._commit_pending(wait=True)
         if self._saved_step != self.progress.step and self.progress.step > 0:
             self._save(in_background=False)
-        return not stopped
+        self._summing.shutdown()
+        return ended
 
     def validate(self) -> float | None:
         """Loss on the validation set (nats per token), logged; None without one."""
         if not self._validation:
             return None
-        loss, _ = self.engine.evaluate(self._validation)
+        loss = self.engine.evaluate(self._validation)
         self._evaluated_step = self.progress.step
         self.context.metrics.log(
             "validation",
@@ -129,9 +134,10 @@ class StageLoop:
         self.progress = self.progress.after_step(self.stage)
         self._window_steps += 1
         self.context.watchdog.alive()
-        if not math.isfinite(result.loss):
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise GrowthMegatronError(
-                f"the loss is {result.loss} at step {self.progress.step}; nothing was saved of it. Lower "
+                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {self.progress.step}; "
+                "nothing was saved of it. Lower "
                 "schedule.learning_rate or lengthen schedule.warmup_steps and give the command again: it goes on from "
                 "the last checkpoint"
             )
@@ -151,7 +157,9 @@ class StageLoop:
         return interval is not None and self.progress.step % interval == 0
 
     def _report(self, loss: float, grad_norm: float, rate: float) -> None:
-        seconds = (time.perf_counter() - self._window_start) / self._window_steps
+        now = time.perf_counter()
+        seconds, data_s = (now - self._window_start) / self._window_steps, self._window_data_s / self._window_steps
+        self._window_start, self._window_steps, self._window_data_s = now, 0, 0.0  # what follows is part of the next
         tokens_per_s = self.stage.tokens_per_step / seconds
         flops_per_s = tokens_per_s * flops_per_token(self.stage.model) / self.context.world_size
         peak = self._peak_flops_per_s()
@@ -170,10 +178,9 @@ class StageLoop:
             tflops_per_s=flops_per_s / 1e12,
             mfu=mfu(flops_per_s, peak),
             step_time_s=seconds,
-            data_time_s=self._window_data_s / self._window_steps,
-            memory_bytes=_memory_bytes(),
+            data_time_s=data_s,
+            memory_bytes=int(process_groups.largest(_memory_bytes())),
         )
-        self._restart_window()
 
     def _peak_flops_per_s(self) -> float | None:
         configured = self.config.logging.peak_tflops_per_s
@@ -202,21 +209,26 @@ class StageLoop:
 
     def _commit_pending(self, wait: bool) -> None:
         """Make a written checkpoint visible; with ``wait``, first wait for one still being written."""
-        if self._pending is None or (self._saver.busy and not self._saver.finished(wait)):
+        pending = self._pending
+        if pending is None or (self._saver.busy and not self._saver.finished(wait)):
             return
-        pending, self._pending = self._pending, None
+        if pending.checksums is None:  # just written; summed beside training
+            pending.checksums = self._summing.submit(_checksum_own_files, pending.folder)
+        if not wait and process_groups.any_rank(not pending.checksums.done()):
+            return
+        self._pending = None
         directory, settings = self.context.directory, self.config.checkpoint
 
-        def commit() -> Path:
+        def commit() -> tuple[Path, int]:
             # Files of no rank in particular are summed here.
             (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
             path = directory.commit(pending.manifest, checksums=checksums)
             directory.apply_retention(settings.keep_last, settings.keep_every_steps)
-            return path
+            return path, sum(file.stat().st_size for file in path.iterdir())
 
         commit_started = time.perf_counter()
-        checksums = _checksum_written(pending.folder)
-        path = process_groups.on_rank_zero(commit)
+        checksums = _gather_checksums(pending.checksums)
+        path, size_bytes = process_groups.on_rank_zero(commit)
         ended = time.perf_counter()
         self.context.metrics.log(
             "checkpoint",
@@ -224,7 +236,7 @@ class StageLoop:
             path=str(path),
             seconds=ended - pending.started,
             blocking_seconds=pending.blocking_s + ended - commit_started,
-            bytes=sum(f.stat().st_size for f in path.iterdir()),
+            bytes=size_bytes,
         )
 
     def _manifest(self) -> Manifest:
@@ -260,11 +272,15 @@ class StageLoop:
         return f"stopped early on request at step {self.progress.step}; the same command goes on from here"
 
 
-def _checksum_written(folder: Path) -> dict[str, FileEntry]:
-    """Checksums of the data files, each rank reading those it wrote; on all ranks."""
-    own = sorted(file.name for file in folder.glob(f"__{torch.distributed.get_rank()}_*.distcp"))
+def _checksum_own_files(folder: Path) -> dict[str, FileEntry]:
+    """Checksums of the data files that this rank wrote."""
+    return checksum_files(folder, sorted(f.name for f in folder.glob(f"__{torch.distributed.get_rank()}_*.distcp")))
+
+
+def _gather_checksums(own: Future[dict[str, FileEntry]]) -> dict[str, FileEntry]:
+    """The checksums of all ranks, on all ranks."""
     gathered: list[dict[str, FileEntry]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, process_groups.on_all_ranks(lambda: checksum_files(folder, own)))
+    torch.distributed.all_gather_object(gathered, process_groups.on_all_ranks(own.result))
     return {name: entry for entries in gathered for name, entry in entries.items()}
 
 

@@ -9,6 +9,7 @@ One rank logs (the last pipeline stage's, data-parallel rank 0, which has the lo
 from __future__ import annotations
 
 import json
+import logging as log
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from growth_megatron.errors import DataError
 from growth_megatron.train.console import Console, open_console
 from growth_megatron.train.trackers import Tracker, open_trackers
 
+_LOG = log.getLogger(__name__)
 FILE_NAME = "metrics.jsonl"
 
 # Fields of each kind in the order they are written; fields not named here follow, `time` comes last.
@@ -155,8 +157,12 @@ class MetricsLogger:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         self._console.record(record)
-        for tracker in self._trackers:
-            tracker.record(record)
+        for tracker in list(self._trackers):
+            try:
+                tracker.record(record)
+            except Exception as error:  # a tracker's service being down is no reason to end a run
+                _LOG.warning("%s failed and is left out from now on: %s", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -199,7 +205,8 @@ def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any
             keep = at <= step and (keep or at < step)
             if before_growth and at == step and "grow" in (record["kind"][:4], record.get("event")):
                 keep = False  # from the event that announces a growth, or its record, on
-        if keep:
+        # A checkpoint written in the background is recorded behind later steps.
+        if keep or (record["kind"] == "checkpoint" and at is not None and at <= step):
             yield record
 
 

@@ -11,21 +11,27 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from growth_megatron.checkpoint.sharded import STOP_SIGNALS
 from growth_megatron.errors import EXIT_FAULT
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SAME_REQUEST_S = 5.0
+"""A scheduler that signals every process of a job reaches a rank twice: directly, and through its launcher."""
+
 HANG_TIMEOUT_S = 900
 
 
 class StopRequest:
-    """Set by the first of ``STOP_SIGNALS``; a second one ends the process at once, without saving."""
+    """Set by the first of ``STOP_SIGNALS``; another one, later, ends the process at once, without saving."""
 
     def __init__(self, rank: int = 0) -> None:
         self._tells = rank == 0
+        self._process = os.getpid()
+        self._first_at = 0.0
         self.requested = False
         self.signal_name = ""
 
@@ -34,9 +40,15 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked writer: what it writes is wanted
+        now = time.monotonic()
+        if self.requested and now - self._first_at < SAME_REQUEST_S:
+            return
         if self.requested:
             os.write(2, b"second signal: ending without saving\n")
             os._exit(EXIT_FAULT)
+        self._first_at = now
         self.requested, self.signal_name = True, signal.Signals(number).name
         if self._tells:
             os.write(2, f"{self.signal_name}: saving after this step, then stopping (again: stop at once)\n".encode())
@@ -64,6 +76,8 @@ def open_rank_log(run_directory: Path, rank: int) -> IO[str]:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    for old in root.handlers:
+        old.close()
     root.handlers = [handler]
     if rank == 0:
         # People see our own warnings; those of libraries go to the file alone.

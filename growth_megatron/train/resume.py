@@ -10,21 +10,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.checkpoint.manifest import Manifest
+import torch.distributed as dist
+
+from growth_megatron.checkpoint.manifest import Manifest, checksum_files
 from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.config.load import LoadedConfig, load_config
 from growth_megatron.config.schema import ModelConfig, RunConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
+from growth_megatron.parallel import process_groups
 
 NEXT_LAYOUT_NAME = "next_layout.json"
 
 
-def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
-    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
+def contents_are_sound(choice: ResumeChoice) -> bool:
+    """Whether all files of the chosen checkpoint have their checksums; each rank reads a share of them."""
+    assert choice.path is not None
+    assert choice.manifest is not None
+    folder, expected = choice.path, choice.manifest.files
+    own = sorted(expected)[dist.get_rank() :: dist.get_world_size()]
+    found = process_groups.on_all_ranks(lambda: checksum_files(folder, own))
+    return not process_groups.any_rank(any(found[name] != expected[name] for name in own))
+
+
+def open_run(directory: RunDirectory, loaded: LoadedConfig, full: bool = False) -> ResumeChoice:
+    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration.
+
+    With ``full`` a checkpoint must have its checksums, not only its sizes, to be chosen.
+    """
     config = loaded.config
     _prepare(directory)
     recovered = directory.recover()
-    choice = directory.choose_resume(config.checkpoint.resume)
+    choice = directory.choose_resume(config.checkpoint.resume, full)
     for text in recovered:
         print(f"checkpoints: {text}", flush=True)
     for skipped in choice.skipped:

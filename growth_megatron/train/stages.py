@@ -14,6 +14,7 @@ import gc
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +29,7 @@ from growth_megatron.config.schema import RunConfig
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
-from growth_megatron.errors import (
-    EXIT_NEXT_LAYOUT,
-    EXIT_OK,
-    EXIT_STOPPED_EARLY,
-)
+from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
 from growth_megatron.growth.alias import GrowthResult, grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.init import InitSource
@@ -42,7 +39,7 @@ from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.progress import Progress
 from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
-from growth_megatron.train.resume import NEXT_LAYOUT_NAME, open_run
+from growth_megatron.train.resume import NEXT_LAYOUT_NAME, contents_are_sound, open_run
 
 
 def train(loaded: LoadedConfig) -> int:
@@ -62,11 +59,14 @@ def train(loaded: LoadedConfig) -> int:
     metrics: Metrics = NullMetrics()
     try:
         choice = process_groups.on_rank_zero(lambda: open_run(directory, loaded))
+        if choice.path is not None and not contents_are_sound(choice):
+            choice = process_groups.on_rank_zero(lambda: open_run(directory, loaded, full=True))
         log = open_rank_log(directory.path, rank)
         watchdog = Watchdog(log)
         watchdog.alive()
-        if rank == 0:
-            metrics = _open_metrics(directory, loaded)
+        loggers: list[Metrics] = []
+        process_groups.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
+        metrics = loggers[0] if loggers else metrics
         context = _context(loaded, directory, metrics, stop, watchdog, world_size)
         _rewind(context, choice)
         code = _walk(context, choice)
@@ -91,9 +91,16 @@ def required_world_size(config: RunConfig, stage: int, world_size: int) -> int:
 def _walk(context: RunContext, choice: ResumeChoice) -> int:
     config = context.loaded.config
     growth: GrowthResult | None = None
+    before: tuple[int, int] | None = None
     while True:
         manifest = choice.manifest
         progress = Progress.of_manifest(manifest) if manifest else Progress()
+        if before is not None and (progress.stage, progress.stage_step) <= before:
+            raise CheckpointError(
+                f"the checkpoint just written is not to be seen: the newest valid one is {choice.path}. Does the file "
+                "system of run.directory show all nodes the same files? The same command goes on from there"
+            )
+        before = progress.stage, progress.stage_step
         if progress.ends_run(config):
             context.metrics.log("event", step=progress.step, event="done", message=_done_message(context, progress))
             return EXIT_OK
@@ -124,13 +131,16 @@ def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, 
     loop = StageLoop(context, engine, choice.manifest, progress)
     context.watchdog.alive()
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
-        _record_growth(context, choice.path, choice.manifest, loop.validate(), growth)
-        loop.adopt(read_manifest(choice.path))
+        if not process_groups.on_rank_zero(partial(_growth_is_recorded, context, choice.manifest)):
+            _record_growth(context, choice.path, choice.manifest, loop.validate(), growth)
+        loop.adopt(process_groups.on_rank_zero(partial(read_manifest, choice.path)))
     finished = loop.run()
+    engine.close()
     del loop, engine  # before the next stage allocates
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return finished
 
 
@@ -172,10 +182,12 @@ def _record_growth(
 
     def update() -> None:
         before = record.validation_loss_before
-        known = read_metrics(context.directory.path) if (context.directory.path / FILE_NAME).exists() else []
-        if any(line["kind"] == "growth" and line["step"] == manifest.step for line in known):
-            return
-        losses = [line for line in known if line["kind"] == "validation" and line["step"] == manifest.step]
+        grown = context.loaded.config.stages[manifest.stage].name
+        losses = [
+            line
+            for line in _records(context)
+            if line["kind"] == "validation" and line["step"] == manifest.step and line.get("stage") != grown
+        ]
         if before is None and losses:
             before = losses[0]["validation_loss"]
         if path.parent == context.directory.checkpoints_path:  # a checkpoint of another run is not ours to write to
@@ -196,6 +208,15 @@ def _record_growth(
         )
 
     process_groups.on_rank_zero(update)
+
+
+def _records(context: RunContext) -> list[dict[str, Any]]:
+    directory = context.directory.path
+    return read_metrics(directory) if (directory / FILE_NAME).exists() else []
+
+
+def _growth_is_recorded(context: RunContext, manifest: Manifest) -> bool:
+    return any(line["kind"] == "growth" and line["step"] == manifest.step for line in _records(context))
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:
@@ -242,12 +263,13 @@ def _context(
 def _rewind(context: RunContext, choice: ResumeChoice) -> None:
     manifest = choice.manifest
     if manifest is None:
-        context.metrics.rewind(-1)
+        process_groups.on_rank_zero(partial(context.metrics.rewind, -1))
         return
     if manifest.data_fingerprint is not None:
         check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint))
     progress = Progress.of_manifest(manifest)
-    context.metrics.rewind(manifest.step, before_growth=progress.ends_stage(context.loaded.config))
+    ends_stage = progress.ends_stage(context.loaded.config)
+    process_groups.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
 
 
 def _hand_over(context: RunContext, progress: Progress, world_size: int) -> int:
