@@ -74,7 +74,7 @@ def start(timeout_s: float = 1800.0) -> bool:
 
 
 def set_layout(parallel: ParallelConfig, seed: int) -> None:
-    """Build megatron-core's groups for ``parallel``; those of an earlier, other layout end, with their communicators."""
+    """Build megatron-core's groups for ``parallel``; those of an earlier, other layout end with their communicators."""
     virtual = parallel.chunks if parallel.chunks > 1 else None
     wanted = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, virtual)
     if parallel_state.model_parallel_is_initialized() and _current_layout() != wanted:
@@ -96,12 +96,9 @@ def _current_layout() -> tuple[int, int, int | None]:
 def _end_layout() -> None:
     groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()  # forgets the groups, ends few of them
+    alive = dist.distributed_c10d._world.pg_map
     for group in groups:
-        if (
-            group is not None
-            and group is not dist.GroupMember.NON_GROUP_MEMBER
-            and group in dist.distributed_c10d._world.pg_map
-        ):
+        if group in alive:
             dist.destroy_process_group(group)
 
 

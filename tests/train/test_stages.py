@@ -192,9 +192,11 @@ def test_when_nothing_valid_is_left_the_run_ends_with_77(growing_config: Path, r
     assert "Traceback" not in ended.stdout
 
 
+@pytest.mark.parametrize("whole_job", [False, True], ids=["to the rank", "to every process of the job"])
 def test_a_signal_stops_the_run_with_75_and_the_same_command_ends_it(
-    reference: Path, growing_config: Path, tmp_path: Path
+    whole_job: bool, reference: Path, growing_config: Path, tmp_path: Path
 ) -> None:
+    """Schedulers signal the whole job, the helper processes of a save included."""
     run = tmp_path / "stopped"
     process = subprocess.Popen(
         _command(growing_config, f"run.directory={run}"),
@@ -203,19 +205,55 @@ def test_a_signal_stops_the_run_with_75_and_the_same_command_ends_it(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     printed = ""
     for line in process.stdout:
         printed += line
-        if "step  3/10" in line:
-            process.send_signal(signal.SIGTERM)
+        if "step  3/10" in line:  # a checkpoint has been written by then, so all helpers are there
+            if whole_job:
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.send_signal(signal.SIGTERM)
             break
     printed += process.communicate(timeout=120)[0]
     assert process.returncode == 75, printed
     assert "SIGTERM" in printed
     assert _run(growing_config, f"run.directory={run}").returncode == 0
     assert _losses(run) == _losses(reference)
+
+
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_it_taken(
+    reference: Path, growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "flipped"
+    _copy_until(reference, run, 4)
+    data = max((run / "checkpoints" / "step_00000004").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    again = _run(growing_config, f"run.directory={run}")
+    assert again.returncode == 0, again.stdout
+    assert data.name in again.stdout
+    assert "step_00000002 (step 2)" in again.stdout
+    assert _losses(run) == _losses(reference)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_saved_of_it(
+    growing_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "nan"
+    overrides = [f"run.directory={run}", "checkpoint.keep_last=1"]
+    arguments = {"config": str(growing_config), "overrides": overrides, "step": 4}
+    message = run_ranks("tests.workers:train_into_nan", 1, arguments)[0]
+    assert "the gradient norm nan at step 4" in message
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002"]
+    assert _run(growing_config, f"run.directory={run}").returncode == 0
+
+
+def test_a_stages_model_and_optimizer_are_gone_when_the_next_stage_is_built() -> None:
+    assert run_ranks("tests.workers:what_outlives_an_engine", 2, {"layout": {}}) == [[], []]
 
 
 def test_a_stage_for_another_world_size_ends_with_76_and_goes_on_there(
