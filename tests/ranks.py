@@ -53,7 +53,11 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments))
-        command = torchrun(ranks, "-m", "tests.ranks", target, str(folder), *without, log_folder=folder / "logs")
+        arguments_line = ["-m", "tests.ranks", target, str(folder), *without]
+        if ranks == 1:  # as users run one rank
+            command = [sys.executable, *arguments_line]
+        else:
+            command = torchrun(ranks, *arguments_line, log_folder=folder / "logs")
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -70,7 +74,7 @@ def run_ranks(
             process.communicate()
             raise AssertionError(f"{target} on {ranks} ranks ran past {timeout_s} s\n{_outputs(folder)}") from None
         if process.returncode:
-            raise AssertionError(f"{target} on {ranks} ranks failed\n{_outputs(folder)}\n{printed[-2000:]}")
+            raise AssertionError(f"{target} on {ranks} ranks failed\n{_outputs(folder)}\n{printed[-4000:]}")
         return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -90,10 +94,10 @@ def _main() -> None:
 
     for repair in sys.argv[3:]:
         assert hasattr(megatron_fixes, repair)
-        setattr(megatron_fixes, repair, lambda optimizer_class: None)
+        setattr(megatron_fixes, repair, lambda repaired: None)
     process_groups.start(timeout_s=240)
     result = getattr(importlib.import_module(module), name)(**json.loads((folder / "arguments.json").read_text()))
-    (folder / f"result_{os.environ['RANK']}.json").write_text(json.dumps(result))
+    (folder / f"result_{process_groups.rank_from_environment()}.json").write_text(json.dumps(result))
     process_groups.stop()
 
 

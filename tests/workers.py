@@ -274,3 +274,12 @@ def what_outlives_an_engine(layout: dict[str, Any]) -> list[str]:
     del engine
     gc.collect()
     return [name for name, reference in parts.items() if reference() is not None]
+
+
+def helper_processes_after_a_save(directory: str) -> int:
+    """Processes of multiprocessing that are still there after a save."""
+    import psutil
+
+    save_at({}, directory, {"num_layers": 2}, steps=1)
+    children = psutil.Process().children(recursive=True)
+    return sum("spawn_main" in " ".join(child.cmdline()) for child in children)

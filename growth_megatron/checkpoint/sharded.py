@@ -10,7 +10,6 @@ rules apply to.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +20,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -34,9 +32,6 @@ from megatron.core.transformer.module import MegatronModule
 
 from growth_megatron.checkpoint.source import DistCheckpoint
 from growth_megatron.errors import CheckpointError
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to save and stop."""
 
 FORMAT: Mapping[str, Any] = MappingProxyType(
     {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
@@ -69,7 +64,6 @@ class Saver:
 
     def __init__(self) -> None:
         self._queue = AsyncCallsQueue(persistent=False)
-        _start_results_process()
 
     def save(
         self, directory: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, in_background: bool
@@ -98,19 +92,6 @@ class Saver:
     @property
     def busy(self) -> bool:
         return self._queue.get_num_unfinalized_calls() > 0
-
-
-def _start_results_process() -> None:
-    """Start, once per process, the helper process through which megatron-core's writers report.
-
-    It would start with the first save and die of a signal that is sent to the whole job, and the save that such a
-    signal asks for would fail. Started here it inherits that the stop signals are blocked.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        filesystem_async._get_write_results_queue()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load_into_model(

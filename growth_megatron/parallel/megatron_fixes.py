@@ -1,14 +1,19 @@
-"""Repairs of megatron-core 0.16.1 that are needed on any device where neither apex nor Transformer Engine is installed.
+"""Repairs of megatron-core 0.16.1 that are needed on any device.
 
 Owns: corrections of upstream faults, each named with its symptom and the condition under which it can go.
 Does not own: running without CUDA (``parallel.cpu_adapter``).
 
-All three concern ``DistributedOptimizer`` around ``torch.optim.AdamW``; with apex or Transformer Engine its other
-branches run, which keep ``step`` per group, and nothing is changed.
+Three concern ``DistributedOptimizer`` around ``torch.optim.AdamW``; with apex or Transformer Engine its other branches
+run, which keep ``step`` per group, and they are left out.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import queue
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +22,50 @@ _fixed = False
 
 
 def fix_megatron() -> None:
-    """Apply the repairs, once per process; no-op with apex or Transformer Engine."""
+    """Apply the repairs, once per process."""
     global _fixed
+    if _fixed:
+        return
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
 
-    if _fixed or distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    optimizer_class = distrib_optimizer.DistributedOptimizer
-    _allocate_state_before_state_dict(optimizer_class)
-    _own_step_per_parameter(optimizer_class)
-    _set_states_without_step(optimizer_class)
+    _report_writes_by_file(filesystem_async)
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizer_class = distrib_optimizer.DistributedOptimizer
+        _allocate_state_before_state_dict(optimizer_class)
+        _own_step_per_parameter(optimizer_class)
+        _set_states_without_step(optimizer_class)
     _fixed = True
+
+
+class _WriteResults:
+    """What a checkpoint's writer, maybe a forked one, reports to its process: one result, by a private file."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="growth_megatron_")
+        self._file = Path(self._folder.name) / "results"
+
+    def put(self, results: Any) -> None:
+        partial = self._file.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(results))
+        os.replace(partial, self._file)
+
+    def get_nowait(self) -> Any:
+        try:
+            results = pickle.loads(self._file.read_bytes())
+        except FileNotFoundError:
+            raise queue.Empty from None
+        self._file.unlink()
+        return results
+
+
+def _report_writes_by_file(writer_module: Any) -> None:
+    """The first save starts a ``multiprocessing`` manager for one queue, a process of 270 MB on every rank.
+
+    A signal to the whole job kills it, and the save that the signal asked for fails with a broken pipe; a killed rank
+    leaves it behind for ever. Can go when ``filesystem_async`` needs no process to pass on the results of a write.
+    """
+    writer_module._results_queue = _WriteResults()
 
 
 def allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:

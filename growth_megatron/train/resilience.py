@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from growth_megatron.checkpoint.sharded import STOP_SIGNALS
 from growth_megatron.errors import EXIT_FAULT
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_REQUEST_S = 5.0
 """A scheduler that signals every process of a job reaches a rank twice: directly, and through its launcher."""
 

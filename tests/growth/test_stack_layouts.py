@@ -18,6 +18,8 @@ from growth_megatron.model.geometry import LAYER_PREFIX
 from tests.ranks import run_ranks
 from tests.workers import SMALL
 
+pytestmark = pytest.mark.timeout(900)  # the fixtures start torchrun six times
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1x1x1": (1, {}),
     "TP2": (2, {"tensor_parallel_size": 2}),
