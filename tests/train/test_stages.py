@@ -59,6 +59,19 @@ def _run(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The run in a process session of its own, its output to be read."""
+    return subprocess.Popen(
+        _command(config, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def growing_config(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_growing_config(tmp_path_factory.mktemp("growing"), prepared_corpus)
@@ -136,14 +149,7 @@ def test_background_saves_give_the_same_checkpoints(reference: Path, growing_con
 
 def _kill_during_save(config: Path, run: Path, step: int) -> None:
     """Start the run and kill all its processes with SIGKILL once the checkpoint of ``step`` is being written."""
-    process = subprocess.Popen(
-        _command(config, f"run.directory={run}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = _start(config, f"run.directory={run}")
     writing = run / "checkpoints" / f".tmp_step_{step:08d}"
     deadline = time.monotonic() + 120
     while not writing.exists():
@@ -151,7 +157,7 @@ def _kill_during_save(config: Path, run: Path, step: int) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def test_a_run_killed_during_a_save_resumes_from_the_last_good_checkpoint(
@@ -198,15 +204,7 @@ def test_a_signal_stops_the_run_with_75_and_the_same_command_ends_it(
 ) -> None:
     """Schedulers signal the whole job, the helper processes of a save included."""
     run = tmp_path / "stopped"
-    process = subprocess.Popen(
-        _command(growing_config, f"run.directory={run}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = _start(growing_config, f"run.directory={run}")
     assert process.stdout is not None
     printed = ""
     for line in process.stdout:
@@ -297,14 +295,7 @@ def test_a_changed_learning_rate_takes_effect_and_is_shown(
 
 def test_a_second_job_in_the_same_run_is_turned_away(growing_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "shared"
-    process = subprocess.Popen(
-        _command(growing_config, f"run.directory={run}", "stages.grown.training.steps=1000"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = _start(growing_config, f"run.directory={run}", "stages.grown.training.steps=1000")
     assert process.stdout is not None
     for line in process.stdout:
         if "step  " in line:
