@@ -31,6 +31,7 @@ class StopRequest:
     def __init__(self, rank: int = 0) -> None:
         self._tells = rank == 0
         self._process = os.getpid()
+        self._finished = False
         self._first_at = 0.0
         self.requested = False
         self.signal_name = ""
@@ -39,9 +40,13 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
+    def finish(self) -> None:
+        """All is saved: signals change nothing any more. torchrun's agent sends one to the rank that leaves last."""
+        self._finished = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a forked writer: what it writes is wanted
+        if self._finished or os.getpid() != self._process:
+            return  # leaving anyway, or a forked writer, whose work is wanted
         now = time.monotonic()
         if self.requested and now - self._first_at < SAME_REQUEST_S:
             return

@@ -71,6 +71,7 @@ def train(loaded: LoadedConfig) -> int:
         _rewind(context, choice)
         code = _walk(context, choice)
         watchdog.close()
+        stop.finish()
         return code
     finally:
         metrics.close()
