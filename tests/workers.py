@@ -256,7 +256,7 @@ def train_into_nan(config: str, overrides: list[str], step: int) -> str:
     return ""
 
 
-def what_outlives_an_engine(layout: dict[str, Any]) -> list[str]:
+def what_outlives_an_engine(layout: dict[str, Any], close: bool = True) -> list[str]:
     """Names of the parts of a trained and closed engine that are still in memory."""
     import weakref
 
@@ -271,6 +271,8 @@ def what_outlives_an_engine(layout: dict[str, Any]) -> list[str]:
             "gradients": weakref.ref(engine.wrapped[0].buffers[0].grad_data),
         }
         del inner
+        if not close:
+            engine.close = lambda: None  # type: ignore[method-assign]
     del engine
     gc.collect()
     return [name for name, reference in parts.items() if reference() is not None]

@@ -56,7 +56,8 @@ class StopRequest:
         self._first_at = now
         self.requested, self.signal_name = True, signal.Signals(number).name
         if self._tells:
-            os.write(2, f"{self.signal_name}: saving after this step, then stopping (again: stop at once)\n".encode())
+            text = f"{self.signal_name}: saving after this step, then stopping (again, 5 s later: stop at once)\n"
+            os.write(2, text.encode())
 
 
 class Watchdog:

@@ -252,6 +252,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_saved_of_
 
 def test_a_stages_model_and_optimizer_are_gone_when_the_next_stage_is_built() -> None:
     assert run_ranks("tests.workers:what_outlives_an_engine", 2, {"layout": {}}) == [[], []]
+    unclosed = run_ranks("tests.workers:what_outlives_an_engine", 1, {"layout": {}, "close": False})[0]
+    assert "gradients" in unclosed
+    assert "optimizer" in unclosed
 
 
 def test_a_stage_for_another_world_size_ends_with_76_and_goes_on_there(
