@@ -44,6 +44,17 @@ class FileEntry(_Strict):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class Multipliers(_Strict):
+    """Factors on the configured optimizer settings of one parameter.
+
+    A weight that is ``a`` times its source, in c copies, follows it under lr' = a lr, wd' = wd / a, eps' = eps / (a c).
+    """
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+    epsilon: float = 1.0
+
+
 class GrowthRecord(_Strict):
     """One growth in the history of a checkpoint."""
 
@@ -80,6 +91,9 @@ class Manifest(_Strict):
     config_hash: str | None = None
     has_optimizer_state: bool = True
     files: dict[str, FileEntry] = {}
+    multipliers: dict[str, Multipliers] = Field(
+        {}, description="by model key with the layer number written *; absent: 1. What a carried width growth asks for"
+    )
     lineage: tuple[GrowthRecord, ...] = ()
 
     @property

@@ -33,6 +33,13 @@ from growth_megatron.model.geometry import LAYER_PREFIX
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
 
+MASTER_PREFIX = "optimizer.state.param."
+FIRST_MOMENT_PREFIX = "optimizer.state.exp_avg."
+SECOND_MOMENT_PREFIX = "optimizer.state.exp_avg_sq."
+STATE_PREFIXES = ("", MASTER_PREFIX, FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX)
+MOMENT_PREFIXES = (FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX)
+"""Names of megatron-core: a weight's float32 master and Adam moments are stored under its own key with these."""
+
 Region = tuple[slice, ...]
 """One slice with explicit bounds and step 1 per axis."""
 
@@ -79,6 +86,14 @@ class TensorSource(Protocol):
     def read(self, key: str, region: Region) -> torch.Tensor:
         """The values of ``region`` of a tensor, in its stored type, on the CPU."""
         ...
+
+
+def split_state_key(key: str) -> tuple[str, str]:
+    """Prefix (one of ``STATE_PREFIXES``) and model key of a stored tensor's name."""
+    for prefix in STATE_PREFIXES[1:]:
+        if key.startswith(prefix):
+            return prefix, key.removeprefix(prefix)
+    return "", key
 
 
 def whole(shape: tuple[int, ...]) -> Region:

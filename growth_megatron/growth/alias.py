@@ -46,18 +46,14 @@ from growth_megatron.checkpoint.manifest import (
 from growth_megatron.checkpoint.source import (
     COMMON_NAME,
     METADATA_NAME,
+    MOMENT_PREFIXES,
     DistCheckpoint,
     is_stacked,
     read_common,
-)
-from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.growth.plan import (
-    MOMENT_PREFIXES,
-    GrowthPlan,
-    check_optimizer_state,
-    check_source_tensors,
     split_state_key,
 )
+from growth_megatron.errors import CheckpointError, GrowthError
+from growth_megatron.growth.plan import GrowthPlan, check_optimizer_state, check_source_tensors
 from growth_megatron.model.geometry import LAYER_PREFIX
 
 _LOG = logging.getLogger(__name__)

@@ -17,20 +17,14 @@ from pathlib import Path
 
 from growth_megatron.checkpoint.describe import compact_layers, locate_checkpoint, model_line
 from growth_megatron.checkpoint.manifest import Manifest, read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.source import COMMON_NAME, METADATA_NAME, DistCheckpoint
+from growth_megatron.checkpoint.source import COMMON_NAME, METADATA_NAME, MOMENT_PREFIXES, DistCheckpoint
 from growth_megatron.config.cost import parameter_count
 from growth_megatron.config.layers import MAX_LAYERS, connection_rate, parse_layers, resolve_layers
 from growth_megatron.config.render import format_bytes, format_count
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthError
 from growth_megatron.growth.alias import GrowthResult, Zeros, grow_checkpoint, grown_metadata
-from growth_megatron.growth.plan import (
-    MOMENT_PREFIXES,
-    GrowthPlan,
-    check_optimizer_state,
-    check_source_tensors,
-    plan_depth,
-)
+from growth_megatron.growth.plan import GrowthPlan, check_optimizer_state, check_source_tensors, plan_depth
 
 ALLOWED_SETTINGS = ("num_layers",)
 

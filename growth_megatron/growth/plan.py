@@ -18,16 +18,20 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from growth_megatron.checkpoint.source import Region, TensorSource, TensorSpec, check_region
+from growth_megatron.checkpoint.source import (
+    FIRST_MOMENT_PREFIX,
+    MOMENT_PREFIXES,
+    SECOND_MOMENT_PREFIX,
+    Region,
+    TensorSource,
+    TensorSpec,
+    check_region,
+    split_state_key,
+)
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
 from growth_megatron.model.geometry import LAYER_PREFIX, tensor_shapes
 
-MASTER_PREFIX = "optimizer.state.param."
-FIRST_MOMENT_PREFIX = "optimizer.state.exp_avg."
-SECOND_MOMENT_PREFIX = "optimizer.state.exp_avg_sq."
-STATE_PREFIXES = ("", MASTER_PREFIX, FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX)
-MOMENT_PREFIXES = (FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX)
 _GRADIENT_POWER = {FIRST_MOMENT_PREFIX: 1, SECOND_MOMENT_PREFIX: 2}
 
 OptimizerState = Literal["reset", "carry"]
@@ -142,14 +146,6 @@ def _check_depth(source: ModelConfig, target: ModelConfig, layers: Sequence[int]
             f"the layer list names layers {outside}; allowed: 0 to {source.num_layers - 1}, "
             f"the source has {source.num_layers} layers"
         )
-
-
-def split_state_key(key: str) -> tuple[str, str]:
-    """Prefix (one of ``STATE_PREFIXES``) and model key of a stored tensor's name."""
-    for prefix in STATE_PREFIXES[1:]:
-        if key.startswith(prefix):
-            return prefix, key.removeprefix(prefix)
-    return "", key
 
 
 def check_optimizer_state(policy: str) -> OptimizerState:

@@ -9,19 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.source import Region, TensorSpec
-from growth_megatron.config.layers import stack_layers
-from growth_megatron.errors import GrowthError
-from growth_megatron.growth.plan import (
+from growth_megatron.checkpoint.source import (
     FIRST_MOMENT_PREFIX,
     MASTER_PREFIX,
     SECOND_MOMENT_PREFIX,
-    AxisRule,
-    GrownSource,
-    GrowthPlan,
-    TensorRule,
-    plan_depth,
+    Region,
+    TensorSpec,
 )
+from growth_megatron.config.layers import stack_layers
+from growth_megatron.errors import GrowthError
+from growth_megatron.growth.plan import AxisRule, GrownSource, GrowthPlan, TensorRule, plan_depth
 from growth_megatron.model.geometry import tensor_shapes
 from tests.checkpoint.written import geometry, model_tensors
 
