@@ -8,51 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from growth_megatron.config.layers import resolve_layers
-from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.growth import growth_problems
+from growth_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from growth_megatron.errors import ConfigError
 
-# What a stack leaves as it is: everything of a geometry but the depth.
-_STACK_KEEPS = {
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "query_groups",
-    "head_dim": "kv_channels",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "tie_embeddings": "tie_embeddings",
-    "rope_base": "rope_base",
-    "norm_epsilon": "norm_epsilon",
-}
 
-
-def growth_problems(stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
+def growth_chain_problems(stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
     """All ``(dotted key, what is wrong)`` of growths that cannot turn one stage's model into the next one's."""
     problems: list[tuple[str, str]] = []
     for index in range(1, len(stages)):
         source, target = stages[index - 1], stages[index]
-        where = f"stages.{index}"
-        for key, attribute in _STACK_KEEPS.items():
-            before, here = getattr(source.model, attribute), getattr(target.model, attribute)
-            if before != here:
-                text = f"{here} differs from {before} of stage {source.name}; stacking changes num_layers alone"
-                problems.append((f"{where}.model.{key}", f"{text}, so keep {before}"))
-        layers = target.growth.layers if target.growth else None
-        if layers is None and target.model.num_layers >= source.model.num_layers:
-            continue
-        try:
-            resolve_layers(layers, source.model.num_layers, target.model.num_layers)
-        except ConfigError as error:
-            key = f"{where}.model.num_layers" if layers is None else f"{where}.growth.layers"
-            text = f"growing from stage {source.name} to {target.name}: {error}"
-            if layers is None:
-                text += "; to drop layers, list those to keep in growth.layers"
-            problems.append((key, text))
+        for key, text in growth_problems(source.model, target.model, target.growth or GrowthConfig()):
+            text = f"growing from stage {source.name} to {target.name}: {text}"
+            problems.append((f"stages.{index}.{key}", text))
     return problems
 
 
 def check_growth_chain(config: RunConfig) -> None:
     """Raise ConfigError unless each stage's model can come out of the previous one by its growth operator."""
-    problems = growth_problems(config.stages)
+    problems = growth_chain_problems(config.stages)
     if problems:
         raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
 

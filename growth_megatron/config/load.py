@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from growth_megatron.config.checks import check_growth_chain, check_world_size, growth_problems
+from growth_megatron.config.checks import check_growth_chain, check_world_size, growth_chain_problems
 from growth_megatron.config.document import Node, dump, merge, read
 from growth_megatron.config.messages import STAGE_SECTIONS, Problem, from_validation, locate, render
 from growth_megatron.config.overrides import PLACE, Override, apply_overrides
@@ -166,7 +166,7 @@ def _validate(effective: Node) -> tuple[RunConfig | None, list[Problem]]:
     except ValidationError as error:
         problems = from_validation(error.errors(), effective)
         stages = _valid_stages(data)
-    for key, text in growth_problems(stages):
+    for key, text in growth_chain_problems(stages):
         node, path = locate(effective, [int(part) if part.isdigit() else part for part in key.split(".")])
         problems.append(Problem(node.place, path, text))
     return config, problems

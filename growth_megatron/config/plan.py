@@ -178,4 +178,4 @@ def _growth(config: RunConfig, index: int) -> str | None:
     growth = stage.growth or GrowthConfig()
     rule = "an explicit layer list" if growth.layers is not None else growth.operator
     depth = f"{source.model.num_layers} to {stage.model.num_layers} layers"
-    return f"{rule} from {source.name}, {depth}, optimizer state {growth.optimizer_state}"
+    return f"{rule} from {source.name}, {depth}, optimizer state {growth.state_policy}"

@@ -53,7 +53,8 @@ from growth_megatron.checkpoint.source import (
     split_state_key,
 )
 from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.growth.plan import GrowthPlan, check_optimizer_state, check_source_tensors
+from growth_megatron.growth.plan import check_source_tensors
+from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule, check_optimizer_state
 from growth_megatron.model.geometry import LAYER_PREFIX
 
 _LOG = logging.getLogger(__name__)
@@ -103,10 +104,10 @@ def grow_checkpoint(
     manifest = _check(source, target, plan)
     checkpoint = DistCheckpoint(source)
     check_source_tensors(plan, checkpoint)
-    if policy == "carry" and not any(key.startswith(MOMENT_PREFIXES) for key in checkpoint.keys()):
-        raise GrowthError(f"optimizer_state is carry but {source} holds no optimizer state; use reset")
+    if policy != "reset" and not any(key.startswith(MOMENT_PREFIXES) for key in checkpoint.keys()):
+        raise GrowthError(f"optimizer_state is {policy} but {source} holds no optimizer state; use reset")
     zeros = Zeros(taken=manifest.files)
-    metadata = grown_metadata(checkpoint.metadata, plan, zeros if policy == "reset" else None)
+    metadata = grown_metadata(checkpoint.metadata, plan, policy, zeros)
     common = read_common(source)
     if policy == "reset":
         common = _with_step_zero(common)
@@ -132,35 +133,43 @@ def grow_checkpoint(
     return GrowthResult(target, complete, written, linked, data_bytes - linked, time.perf_counter() - started)
 
 
-def grown_metadata(source: Metadata, plan: GrowthPlan, zeros: Zeros | None) -> Metadata:
-    """torch DCP metadata of the grown checkpoint: target keys over the source's stored chunks.
-
-    With ``zeros``, the moments point there instead.
+def grown_metadata(source: Metadata, plan: GrowthPlan, policy: OptimizerState, zeros: Zeros) -> Metadata:
+    """torch DCP metadata of the grown checkpoint: target keys over the source's stored chunks, or over ``zeros``.
 
     Raises:
         GrowthError: several layers are stored in one chunk.
     """
-    layers = plan.layers if plan.layers is not None else tuple(range(plan.target_geometry.num_layers))
-    targets_of: dict[str, list[str]] = {}
+    assert plan.layers is not None
+    uses: dict[str, list[TensorRule]] = {}
     for rule in plan.rules:
-        targets_of.setdefault(str(rule.source), []).append(rule.target)
+        uses.setdefault(_origin(rule, plan.layers), []).append(rule)
     grown = Metadata({}, None, {}, StorageMeta(), source.version)
     for key, stored in source.state_dict_metadata.items():
         if isinstance(stored, BytesStorageMetadata):
-            for name in _object_targets(key, layers):
+            for name in _object_targets(key, plan.layers):
                 grown.state_dict_metadata[name] = stored
                 grown.storage_data[MetadataIndex(name)] = source.storage_data[MetadataIndex(key)]
         elif is_stacked(key):
-            _add_restacked(grown, source, key, layers)
+            _add_restacked(grown, source, key, plan, policy, zeros)
         else:
             prefix, name = split_state_key(key)
-            for target in targets_of.get(name, ()):
-                _add_tensor(grown, source, key, prefix + target)
-    if zeros is not None:
-        _point_at_zeros(grown, zeros)
+            for rule in uses.get(name, ()):
+                _add_tensor(grown, source, key, prefix, rule, zeros if _is_zero(rule, prefix, policy) else None)
     if source.planner_data:
         grown.planner_data = {key: (key,) for key in grown.state_dict_metadata}
     return grown
+
+
+def _origin(rule: TensorRule, layers: tuple[int, ...]) -> str:
+    """The source tensor whose chunks have the shapes of the target's; zeros are given those of its layer's source."""
+    if rule.source is not None:
+        return rule.source
+    number, _, name = rule.target.removeprefix(LAYER_PREFIX).partition(".")
+    return f"{LAYER_PREFIX}{layers[int(number)]}.{name}"
+
+
+def _is_zero(rule: TensorRule, prefix: str, policy: OptimizerState) -> bool:
+    return rule.fill == "zero" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(policy))
 
 
 class Zeros:
@@ -188,34 +197,49 @@ class Zeros:
         return self._slices[dtype, sizes]
 
 
-def _add_tensor(grown: Metadata, source: Metadata, key: str, target: str) -> None:
+def _add_tensor(
+    grown: Metadata, source: Metadata, key: str, prefix: str, rule: TensorRule, zeros: Zeros | None
+) -> None:
     stored = source.state_dict_metadata[key]
     assert isinstance(stored, TensorStorageMetadata)
+    target = prefix + rule.target
     # The entry is a new one: megatron-core changes its size for a moment while loading.
     grown.state_dict_metadata[target] = dataclasses.replace(stored)
     for number, chunk in enumerate(stored.chunks):
-        index = MetadataIndex(target, chunk.offsets, number)
-        grown.storage_data[index] = source.storage_data[MetadataIndex(key, chunk.offsets)]
+        grown.storage_data[MetadataIndex(target, chunk.offsets, number)] = (
+            source.storage_data[MetadataIndex(key, chunk.offsets)]
+            if zeros is None
+            else zeros.slice_of(stored.properties.dtype, chunk.sizes)
+        )
 
 
-def _add_restacked(grown: Metadata, source: Metadata, key: str, layers: tuple[int, ...]) -> None:
+def _add_restacked(
+    grown: Metadata, source: Metadata, key: str, plan: GrowthPlan, policy: OptimizerState, zeros: Zeros
+) -> None:
     """The form with the layers along the first axis keeps it: layer j's chunks are those of layer ``layers[j]``."""
     stored = source.state_dict_metadata[key]
     assert isinstance(stored, TensorStorageMetadata)
+    assert plan.layers is not None
     if any(chunk.sizes[0] != 1 for chunk in stored.chunks):
         raise GrowthError(
-            f"{key} is stored with several layers in one chunk, which cannot be shared layer by layer; save the source "
-            "again with one key per layer (metadata non_homogeneous_layers) and grow that"
+            f"{key} is stored with several layers in one chunk, which cannot be shared layer by layer; grow with "
+            "--materialize"
         )
+    prefix, name = split_state_key(key)
+    rules = {rule.target: rule for rule in plan.rules}
     chunks: list[ChunkStorageMetadata] = []
-    for layer, from_layer in enumerate(layers):
+    for layer, from_layer in enumerate(plan.layers):
+        rule = rules[name.replace(LAYER_PREFIX, f"{LAYER_PREFIX}{layer}.", 1)]
         for chunk in stored.chunks:
             if chunk.offsets[0] == from_layer:
                 offsets = torch.Size((layer, *chunk.offsets[1:]))
-                index = MetadataIndex(key, offsets, len(chunks))
-                grown.storage_data[index] = source.storage_data[MetadataIndex(key, chunk.offsets)]
+                grown.storage_data[MetadataIndex(key, offsets, len(chunks))] = (
+                    zeros.slice_of(stored.properties.dtype, chunk.sizes)
+                    if _is_zero(rule, prefix, policy)
+                    else source.storage_data[MetadataIndex(key, chunk.offsets)]
+                )
                 chunks.append(ChunkStorageMetadata(offsets, chunk.sizes))
-    size = torch.Size((len(layers), *stored.size[1:]))
+    size = torch.Size((len(plan.layers), *stored.size[1:]))
     grown.state_dict_metadata[key] = dataclasses.replace(stored, size=size, chunks=chunks)
 
 
@@ -230,18 +254,10 @@ def _object_targets(key: str, layers: tuple[int, ...]) -> list[str]:
     return [key]
 
 
-def _point_at_zeros(grown: Metadata, zeros: Zeros) -> None:
-    for key, stored in grown.state_dict_metadata.items():
-        if key.startswith(MOMENT_PREFIXES) and isinstance(stored, TensorStorageMetadata):
-            for number, chunk in enumerate(stored.chunks):
-                index = MetadataIndex(key, chunk.offsets, number)
-                grown.storage_data[index] = zeros.slice_of(stored.properties.dtype, chunk.sizes)
-
-
 def _check(source: Path, target: Path, plan: GrowthPlan) -> Manifest:
     """The source's manifest, if the growth can be tried."""
     if not plan.is_selection:
-        mixed = next(rule.target for rule in plan.rules if not rule.is_selection)
+        mixed = next(rule.target for rule in plan.rules if not rule.is_selection and rule.fill != "zero")
         raise GrowthError(
             f"{plan.operator} computes new values ({mixed}), which links to the source's files cannot hold; "
             "use an operator that only copies layers"

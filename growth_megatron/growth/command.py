@@ -24,7 +24,8 @@ from growth_megatron.config.render import format_bytes, format_count
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthError
 from growth_megatron.growth.alias import GrowthResult, Zeros, grow_checkpoint, grown_metadata
-from growth_megatron.growth.plan import GrowthPlan, check_optimizer_state, check_source_tensors, plan_depth
+from growth_megatron.growth.plan import check_source_tensors, plan_depth
+from growth_megatron.growth.rules import GrowthPlan, check_optimizer_state
 
 ALLOWED_SETTINGS = ("num_layers",)
 
@@ -174,7 +175,7 @@ def _cost_line(source: Path, target: Path, manifest: Manifest, plan: GrowthPlan,
     if policy == "carry" and not any(key.startswith(MOMENT_PREFIXES) for key in checkpoint.keys()):
         raise GrowthError(f"--optimizer-state carry, but {source} holds no optimizer state; use reset")
     zeros = Zeros(taken=manifest.files)
-    metadata = grown_metadata(checkpoint.metadata, plan, zeros if policy == "reset" else None)
+    metadata = grown_metadata(checkpoint.metadata, plan, check_optimizer_state(policy), zeros)
     names = {info.relative_path for info in metadata.storage_data.values()}
     data_bytes = sum(entry.size_bytes for name, entry in manifest.files.items() if name in names)
     written_bytes = len(pickle.dumps(metadata)) + len(zeros.content)

@@ -1,158 +1,88 @@
-"""What each tensor of a grown model is made of: a pure plan, and a source seen through it.
+"""From two geometries and an operator to a growth plan: one rule per tensor of the target model.
 
-Owns: the rule of a target tensor (which source tensor, which index and factor along each axis, or a fill), the rules of
-the moments that follow from it, the depth operators, ``GrownSource``.
-Does not own: files (``growth.alias``), process groups.
-
-One rule serves the weight, its float32 master and both Adam moments. An operator whose target coordinates are source
-coordinates times a factor says so per axis; with the factor ``g`` of the gradient along each axis
-(``AxisRule.gradient_scale``), ``exp_avg`` is multiplied by g and ``exp_avg_sq`` by g squared.
+Owns: which layer and which axis rules each tensor gets, noise, the multipliers, what gets no gradient.
+Does not own: the maps along the width (``growth.width``), the values (``growth.view``), files (``growth.alias``,
+``growth.materialise``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
-
-from growth_megatron.checkpoint.source import (
-    FIRST_MOMENT_PREFIX,
-    MOMENT_PREFIXES,
-    SECOND_MOMENT_PREFIX,
-    Region,
-    TensorSource,
-    TensorSpec,
-    check_region,
-    split_state_key,
-)
-from growth_megatron.config.schema import ModelConfig
+from growth_megatron.checkpoint.manifest import GrowthRecord, Multipliers
+from growth_megatron.checkpoint.source import TensorSource, split_state_key
+from growth_megatron.config.growth import check_growth, width_changes
+from growth_megatron.config.layers import resolve_layers
+from growth_megatron.config.schema import GrowthConfig, ModelConfig
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.rules import AxisRule, GrowthPlan, Noise, TensorRule
+from growth_megatron.growth.width import WidthMaps
 from growth_megatron.model.geometry import LAYER_PREFIX, tensor_shapes
 
-_GRADIENT_POWER = {FIRST_MOMENT_PREFIX: 1, SECOND_MOMENT_PREFIX: 2}
-
-OptimizerState = Literal["reset", "carry"]
-"""reset: moments zero and step 0, as in the paper; carry: moments by the rule of their weight, step kept."""
-
-
-@dataclass(frozen=True)
-class AxisRule:
-    """Where the coordinates of one axis come from; with no ``index`` it is the source's axis itself."""
-
-    size: int
-    index: tuple[int, ...] | None = None
-    scale: tuple[float, ...] | None = None
-    gradient_scale: tuple[float, ...] | None = None
-
-    @property
-    def is_identity(self) -> bool:
-        return self.index is None and self.scale is None and self.gradient_scale is None
+EMBEDDING, FINAL_NORM, OUTPUT = (
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    "output_layer.weight",
+)
+_QKV, _PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
+_FC1, _FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+_NEW_LAYERS = ("identity", "zero", "random")  # their repeated list entries are new layers, not copies
 
 
-@dataclass(frozen=True)
-class TensorRule:
-    """How one target tensor comes about: out of a source tensor along each axis, or filled."""
+def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int = 0) -> GrowthPlan:
+    """The plan by which ``growth`` turns a model of geometry ``source`` into one of ``target``.
 
-    target: str
-    axes: tuple[AxisRule, ...]
-    source: str | None = None
-    fill: Literal["zero"] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.source is None) == (self.fill is None):
-            raise ValueError(f"{self.target}: give either a source tensor or a fill")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(len(axis.index) if axis.index is not None else axis.size for axis in self.axes)
-
-    @property
-    def source_shape(self) -> tuple[int, ...]:
-        return tuple(axis.size for axis in self.axes)
-
-    @property
-    def is_selection(self) -> bool:
-        """Whether the target is a whole source tensor, unchanged: then stored data serve as they are."""
-        return self.source is not None and all(axis.is_identity for axis in self.axes)
-
-
-@dataclass(frozen=True)
-class GrowthPlan:
-    """A growth from one geometry to another: one rule per tensor of the target model."""
-
-    operator: str
-    source_geometry: ModelConfig
-    target_geometry: ModelConfig
-    rules: tuple[TensorRule, ...]
-    layers: tuple[int, ...] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_selection(self) -> bool:
-        return all(rule.is_selection for rule in self.rules)
-
-
-def plan_depth(source_geometry: ModelConfig, target_geometry: ModelConfig, layers: Sequence[int]) -> GrowthPlan:
-    """Direct growth in depth: target layer j is source layer ``layers[j]``, all else is copied (arXiv 2405.15319).
-
-    G_stack with ``stack_layers``; interpolation, SOLAR and partial stacking with other lists.
+    Args:
+        seed: of uneven shares, noise and new weights; the same seed gives the same model at every layout.
 
     Raises:
-        GrowthError: the geometries differ in more than depth, or the list does not fit them.
+        GrowthError: the operator cannot do it; the message names the nearest possible values.
     """
-    _check_depth(source_geometry, target_geometry, layers)
+    check_growth(source, target, growth)
+    operator = growth.depth_operator
+    layers = resolve_layers(growth.layers, source.num_layers, target.num_layers, operator or "stack")
+    maps = WidthMaps(source, target, growth, seed)
+    axes = _axes(maps)
     rules = []
-    for key, shape in tensor_shapes(target_geometry).items():
-        source = key
+    for key, shape in tensor_shapes(target).items():
         if key.startswith(LAYER_PREFIX):
-            layer, _, name = key.removeprefix(LAYER_PREFIX).partition(".")
-            source = f"{LAYER_PREFIX}{layers[int(layer)]}.{name}"
-        rules.append(TensorRule(key, tuple(AxisRule(size) for size in shape), source))
-    return GrowthPlan("stack", source_geometry, target_geometry, tuple(rules), tuple(layers))
+            number, _, name = key.removeprefix(LAYER_PREFIX).partition(".")
+            rules.append(_layer_rule(key, name, int(number), layers, axes[name], operator, shape))
+        else:
+            origin = EMBEDDING if key == OUTPUT and source.tie_embeddings else key
+            rules.append(TensorRule(key, axes[key], origin))
+    noisy = tuple(_with_noise(rule, target, growth) for rule in rules)
+    new_layers = operator in _NEW_LAYERS and len(set(layers)) < len(layers)
+    wider = bool(width_changes(source, target))
+    return GrowthPlan(
+        operator=_name(growth, layers != tuple(range(source.num_layers)), wider),
+        source_geometry=source,
+        target_geometry=target,
+        rules=noisy,
+        layers=layers,
+        options=_options(growth, wider),
+        seed=seed,
+        function_preserving=_preserves(growth, layers, source.num_layers, wider),
+        multipliers=_multipliers(noisy) if growth.multipliers else {},
+        silent=(*_silent_layers(operator, new_layers), *_silent_width(maps)),
+        inexact_moments=_inexact(maps),
+    )
 
 
-def _check_depth(source: ModelConfig, target: ModelConfig, layers: Sequence[int]) -> None:
-    differing = [
-        f"{name} {before} -> {after}"
-        for name, before, after in (
-            ("hidden_size", source.hidden_size, target.hidden_size),
-            ("num_attention_heads", source.num_attention_heads, target.num_attention_heads),
-            ("num_query_groups", source.query_groups, target.query_groups),
-            ("head_dim", source.kv_channels, target.kv_channels),
-            ("ffn_hidden_size", source.ffn_hidden_size, target.ffn_hidden_size),
-            ("padded vocabulary", source.padded_vocab_size, target.padded_vocab_size),
-            ("tie_embeddings", source.tie_embeddings, target.tie_embeddings),
-            ("rope_base", source.rope_base, target.rope_base),
-            ("norm_epsilon", source.norm_epsilon, target.norm_epsilon),
-        )
-        if before != after
-    ]
-    if differing:
-        raise GrowthError(
-            f"growth in depth keeps everything but num_layers, here {', '.join(differing)} would change; "
-            "give the target the source's values"
-        )
-    if len(layers) != target.num_layers:
-        raise GrowthError(
-            f"the layer list names {len(layers)} layers but the target has num_layers {target.num_layers}; "
-            "make them equal"
-        )
-    outside = sorted({layer for layer in layers if not 0 <= layer < source.num_layers})
-    if outside:
-        raise GrowthError(
-            f"the layer list names layers {outside}; allowed: 0 to {source.num_layers - 1}, "
-            f"the source has {source.num_layers} layers"
-        )
+def plan_depth(source: ModelConfig, target: ModelConfig, layers: Sequence[int]) -> GrowthPlan:
+    """Direct growth in depth: target layer j is source layer ``layers[j]``, all else is copied (arXiv 2405.15319)."""
+    return plan_growth(source, target, GrowthConfig(operator="stack", layers=tuple(layers)))
 
 
-def check_optimizer_state(policy: str) -> OptimizerState:
-    """Raises GrowthError unless ``policy`` is one of the policies for the moments."""
-    if policy not in get_args(OptimizerState):
-        raise GrowthError(f"optimizer_state is {policy!r}; allowed: {', '.join(get_args(OptimizerState))}")
-    return policy  # type: ignore[return-value]
+def plan_of_record(record: GrowthRecord) -> GrowthPlan:
+    """The plan of a growth in a checkpoint's lineage, made anew."""
+    fields: dict[str, Any] = {**record.options, "layers": record.layers, "optimizer_state": record.optimizer_state}
+    growth = GrowthConfig(operator=record.operator, **fields)
+    if growth.depth_operator is None:
+        growth = growth.model_copy(update={"layers": None})
+    return plan_growth(record.source_geometry, record.target_geometry, growth, record.seed)
 
 
 def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:
@@ -178,73 +108,166 @@ def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:
         )
 
 
-class GrownSource:
-    """A source seen through a plan: its own source of tensors, so growths chain.
-
-    Weights, masters and moments that the source has are there; every region is computed when it is read.
-    """
-
-    def __init__(self, source: TensorSource, plan: GrowthPlan, optimizer_state: str) -> None:
-        """Raises GrowthError if the source is not the plan's, or the policy is unknown."""
-        self._policy = check_optimizer_state(optimizer_state)
-        check_source_tensors(plan, source)
-        self._source = source
-        keys = source.keys()
-        self._dtypes = {split_state_key(key)[0]: source.spec(key).dtype for key in keys}
-        self._rules = {prefix + rule.target: (prefix, rule) for prefix in self._dtypes for rule in plan.rules}
-
-    def keys(self) -> list[str]:
-        return list(self._rules)
-
-    def spec(self, key: str) -> TensorSpec:
-        prefix, rule = self._rule(key)
-        dtype = self._dtypes[prefix] if rule.source is None else self._source.spec(prefix + rule.source).dtype
-        return TensorSpec(rule.shape, dtype)
-
-    def read(self, key: str, region: Region) -> torch.Tensor:
-        prefix, rule = self._rule(key)
-        spec = self.spec(key)
-        check_region(key, spec.shape, region)
-        if rule.source is None or (prefix in MOMENT_PREFIXES and self._policy == "reset"):
-            return torch.zeros([part.stop - part.start for part in region], dtype=spec.dtype)
-        return apply_rule(rule, prefix, self._source, region)
-
-    def _rule(self, key: str) -> tuple[str, TensorRule]:
-        try:
-            return self._rules[key]
-        except KeyError:
-            raise GrowthError(f"the grown model has no tensor {key}") from None
+def _axes(maps: WidthMaps) -> dict[str, tuple[AxisRule, ...]]:
+    """Axis rules by the name of a tensor, within a layer or of the whole model."""
+    read, write, gains = maps.read(), maps.write(), maps.gains()
+    vocabulary = AxisRule(maps.target.padded_vocab_size)
+    return {
+        "self_attention.linear_qkv.layer_norm_weight": (gains,),
+        _QKV: (maps.attention_in(), read),
+        _PROJ: (write, maps.attention_out()),
+        "mlp.linear_fc1.layer_norm_weight": (gains,),
+        _FC1: (maps.ffn_in(), read),
+        _FC2: (write, maps.ffn_out()),
+        EMBEDDING: (vocabulary, write),
+        FINAL_NORM: (maps.tied_gains() if maps.target.tie_embeddings else gains,),
+        OUTPUT: (vocabulary, read),
+    }
 
 
-def apply_rule(rule: TensorRule, prefix: str, source: TensorSource, region: Region) -> torch.Tensor:
-    """``region`` of a target tensor: gather along each axis, then scale in float32."""
-    bounds: list[slice] = []
-    picks: list[torch.Tensor | None] = []
-    for axis, part in zip(rule.axes, region, strict=True):
-        wanted = axis.index[part] if axis.index is not None else None
-        if not wanted:
-            bounds.append(part if axis.index is None else slice(0, 0))
-            picks.append(None)
-        else:
-            bounds.append(slice(min(wanted), max(wanted) + 1))
-            picks.append(torch.tensor(wanted) - min(wanted))
-    values = source.read(f"{prefix}{rule.source}", tuple(bounds))
-    for number, pick in enumerate(picks):
-        if pick is not None:
-            values = values.index_select(number, pick)
-    factors = [_factor(axis, prefix, part) for axis, part in zip(rule.axes, region, strict=True)]
-    if all(factor is None for factor in factors):
-        return values
-    scaled = values.float()
-    for number, factor in enumerate(factors):
-        if factor is not None:
-            scaled = scaled * factor.view([-1 if axis == number else 1 for axis in range(scaled.dim())])
-    return scaled.to(values.dtype)
+def _layer_rule(
+    key: str,
+    name: str,
+    layer: int,
+    layers: Sequence[int],
+    axes: tuple[AxisRule, ...],
+    operator: str | None,
+    shape: tuple[int, ...],
+) -> TensorRule:
+    source = f"{LAYER_PREFIX}{layers[layer]}.{name}"
+    if layers[layer] not in layers[:layer]:
+        return TensorRule(key, axes, source)
+    if operator == "random":
+        return TensorRule(key, tuple(AxisRule(size) for size in shape), fill="init", state="new")
+    if operator in _NEW_LAYERS:
+        # A block with o = down = 0 passes the stream on unchanged (LLaMA-Pro, arXiv 2401.02415). Its gains stay: with
+        # them zero the block could never learn.
+        if name in (_PROJ, _FC2):
+            return TensorRule(key, tuple(AxisRule(size) for size in shape), fill="zero", state="new")
+        return TensorRule(key, axes, source, state="new")
+    return TensorRule(key, axes, source, state="copy")
 
 
-def _factor(axis: AxisRule, prefix: str, part: slice) -> torch.Tensor | None:
-    power = _GRADIENT_POWER.get(prefix, 0)
-    factors = axis.gradient_scale if power else axis.scale
-    if factors is None:
-        return None
-    return torch.tensor([math.pow(factor, power or 1) for factor in factors[part]], dtype=torch.float32)
+def _with_noise(rule: TensorRule, target: ModelConfig, growth: GrowthConfig) -> TensorRule:
+    """The paper's noise on every matrix of the layers, or noise that cancels over the copies of an input."""
+    if rule.source is None or len(rule.axes) == 1:
+        return rule
+    noise = None
+    if growth.noise and rule.target.startswith(LAYER_PREFIX):
+        d, depth = target.hidden_size, target.num_layers
+        into_stream = rule.target.endswith((_PROJ, _FC2))
+        variance = 1 / (d * depth**2) if into_stream else 2 / (5 * d)
+        noise = Noise(deviation=growth.noise * math.sqrt(variance), mix=growth.noise)
+    elif growth.cancelling_noise and rule.target != EMBEDDING and rule.axes[1].index is not None:
+        noise = Noise(deviation=growth.cancelling_noise * target.init_std, cancelling=True)
+    if noise is None:
+        return rule
+    return TensorRule(rule.target, rule.axes, rule.source, noise=noise, state=rule.state)
+
+
+def _name(growth: GrowthConfig, deeper: bool, wider: bool) -> str:
+    """What was done, in the names of the operators: direct growth of the depth alone is a stack."""
+    depth, width = growth.depth_operator, growth.width_operator
+    if depth is None or width is None:
+        return growth.operator
+    if not wider:
+        return depth
+    return width if not deeper else growth.operator if depth == width else f"{depth}+{width}"
+
+
+def _options(growth: GrowthConfig, wider: bool) -> dict[str, Any]:
+    """Those that had a say; the other fields of a record hold the rest."""
+    elsewhere = {"operator", "layers", "optimizer_state", "schedule"}
+    if not wider:
+        elsewhere |= {"order", "shares", "cancelling_noise"}
+    return growth.model_dump(exclude=elsewhere, exclude_defaults=True)
+
+
+def _preserves(growth: GrowthConfig, layers: Sequence[int], source_layers: int, wider: bool) -> bool:
+    """Whether source and target are the same function."""
+    originals = tuple(dict.fromkeys(layers))
+    same_depth = tuple(layers) == tuple(range(source_layers))
+    if not same_depth:
+        same_depth = growth.depth_operator in ("identity", "zero") and originals == tuple(range(source_layers))
+    return same_depth and not growth.noise and not (wider and growth.width_operator == "random")
+
+
+def _multipliers(rules: Sequence[TensorRule]) -> dict[str, Multipliers]:
+    """lr' = a lr, wd' = wd / a and eps' = g eps of each tensor, where a and g are one number for all of it."""
+    result: dict[str, Multipliers] = {}
+    for rule in rules:
+        key = _pattern(rule.target)
+        if rule.source is None or key in result:
+            continue
+        a, g = _uniform(rule, "scale"), _uniform(rule, "gradient_scale")
+        if a is not None:
+            result[key] = Multipliers(learning_rate=a, weight_decay=1 / a, epsilon=1.0 if g is None else g)
+    return {key: value for key, value in result.items() if value != Multipliers()}
+
+
+def _uniform(rule: TensorRule, factor: str) -> float | None:
+    """Product over the axes of a factor that is the same everywhere on each; None if it is not."""
+    product = 1.0
+    for axis in rule.axes:
+        values = getattr(axis, factor)
+        if values is None:
+            continue
+        if max(values) - min(values) > 1e-9 * max(values):
+            return None
+        product *= values[0]
+    return product
+
+
+def _pattern(key: str) -> str:
+    if not key.startswith(LAYER_PREFIX):
+        return key
+    return f"{LAYER_PREFIX}*.{key.removeprefix(LAYER_PREFIX).partition('.')[2]}"
+
+
+def inexact_multipliers(plan: GrowthPlan) -> list[str]:
+    """Tensors (layer number ``*``) for which no one learning rate follows the source run."""
+    found = {_pattern(rule.target) for rule in plan.rules if rule.source and _uniform(rule, "scale") is None}
+    return sorted(found)
+
+
+def _silent_layers(operator: str | None, new_layers: bool) -> list[str]:
+    if not new_layers or operator not in ("identity", "zero"):
+        return []
+    return ["qkv, fc1 and gains of the new layers: their o and down are zero (these get a gradient, the others follow)"]
+
+
+def _silent_width(maps: WidthMaps) -> list[str]:
+    """New parts without a gradient in the first step, with the reason."""
+    source, target, operator = maps.source, maps.target, maps.operator
+    silent = []
+    if operator == "split" and target.kv_channels > source.kv_channels:
+        silent.append("new q and k channels: zero on both sides, so they stay zero until noise is added")
+    if operator != "zero":
+        return silent
+    if target.hidden_size > source.hidden_size:
+        silent.append(
+            "columns and gains that read the new hidden channels: these are zero until the embedding has moved"
+        )
+    if target.ffn_hidden_size > source.ffn_hidden_size:
+        silent.append("new gate rows and down columns: the new up rows are zero (these get a gradient)")
+    if target.query_groups > source.query_groups:
+        silent.append("new groups' q and k rows and o columns: their v rows are zero (these get a gradient)")
+    old_heads = source.num_attention_heads // source.query_groups
+    if target.num_attention_heads // target.query_groups > old_heads:
+        silent.append("q rows of new heads in old groups: their o columns are zero (these get a gradient)")
+    if target.kv_channels > source.kv_channels:
+        silent.append(
+            "new q channels, until the new k channels have moved; o columns of new v channels, which are zero"
+        )
+    return silent
+
+
+def _inexact(maps: WidthMaps) -> tuple[str, ...]:
+    if maps.heads.exact:
+        return ()
+    return ("k and v: each copy of a group serves only some of its heads, whose part of the gradient is not known",)
+
+
+def describe_options(options: Mapping[str, Any]) -> str:
+    """Recorded options in one line, or nothing."""
+    return ", ".join(f"{key} {value}" for key, value in options.items())

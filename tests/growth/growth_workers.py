@@ -10,7 +10,8 @@ from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_f
 from growth_megatron.checkpoint.sharded import Saver, load_into_model
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.growth.alias import grow_checkpoint
-from growth_megatron.growth.plan import GrowthPlan, plan_depth
+from growth_megatron.growth.plan import plan_depth
+from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
 from tests.workers import batches, fresh_engine, stage_of

@@ -25,7 +25,9 @@ from growth_megatron.checkpoint.source import DistCheckpoint, read_common, whole
 from growth_megatron.config.layers import parse_layers, stack_layers
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.alias import grow_checkpoint
-from growth_megatron.growth.plan import AxisRule, GrownSource, GrowthPlan, TensorRule, plan_depth
+from growth_megatron.growth.plan import plan_depth
+from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
+from growth_megatron.growth.view import GrownSource
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import (
     geometry,
@@ -301,8 +303,8 @@ def test_a_plan_for_another_model_is_refused(source: Path, tmp_path: Path) -> No
 
 def test_a_plan_that_computes_values_is_refused(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     key = "decoder.layers.4.mlp.linear_fc2.weight"
-    zeroed = TensorRule(key, (AxisRule(8), AxisRule(12)), fill="zero")
-    rules = tuple(zeroed if rule.target == key else rule for rule in plan.rules)
+    fresh = TensorRule(key, (AxisRule(8), AxisRule(12)), fill="init")
+    rules = tuple(fresh if rule.target == key else rule for rule in plan.rules)
     with pytest.raises(GrowthError, match=f"stack computes new values .{key}."):
         grow_checkpoint(source, tmp_path / "t", GrowthPlan("stack", SOURCE, TARGET, rules, LAYERS), "carry")
     with pytest.raises(GrowthError, match="allowed: reset, carry"):

@@ -259,7 +259,7 @@ def test_a_one_stage_run_goes_on_from_a_checkpoint_grown_by_hand(growing_config:
     assert [outcome.code for outcome in outcomes] == [0] * 5, outcomes
     assert f"resuming from {seed} (step 3)" in outcomes[2].out
     assert "step_00000006 (step 6)" in outcomes[3].out  # given again, the run is found complete
-    assert "stack 2 -> 4 layers" in outcomes[4].out
+    assert "stack layers 2 -> 4" in outcomes[4].out
     lines = [json.loads(line) for line in (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     assert [(line["step"], line["stage_step"]) for line in trained] == [(4, 1), (5, 2), (6, 3)]

@@ -13,7 +13,8 @@ import torch
 
 from growth_megatron.checkpoint.manifest import read_manifest
 from growth_megatron.checkpoint.source import DistCheckpoint, whole
-from growth_megatron.growth.plan import GrownSource, plan_depth
+from growth_megatron.growth.plan import plan_depth
+from growth_megatron.growth.view import GrownSource
 from tests.ranks import run_ranks
 
 LAYERS = [0, 1, 1, 0, 1, 0]
