@@ -9,9 +9,18 @@ EXTRAS = {
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "plot": ["matplotlib"],
-    "hf": ["transformers", "safetensors"],
+    "hf": ["transformers>=4.45"],
     "eval": ["lm-eval"],
-    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "zstandard"],
+    "dev": [
+        "pytest",
+        "pytest-timeout",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "zstandard",
+        "transformers>=4.45",
+    ],
 }
 
 setup(

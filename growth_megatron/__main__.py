@@ -24,7 +24,10 @@ Commands = Any  # what add_subparsers returns; argparse keeps its class to itsel
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code (``growth_megatron.errors``)."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:2] == ["plan", "grow"]:  # argparse knows no subcommand of two words
+        given[:2] = ["plan grow"]
+    options = _parser().parse_args(given)
     # What megatron-core lacks on this machine is known and handled; it says so once per import.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
@@ -68,31 +71,63 @@ def _plan(options: argparse.Namespace) -> int:
 def _grow(options: argparse.Namespace) -> int:
     from growth_megatron.growth.command import grow
 
-    grow(
-        Path(options.source),
-        Path(options.target),
-        settings=options.settings,
-        layers=options.layers,
-        optimizer_state=options.optimizer_state,
-        seed=options.seed,
-        dry_run=options.dry_run,
-    )
+    grow(options.source, options.target, _request(options), materialize=options.materialize, dry_run=options.dry_run)
     return EXIT_OK
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    from growth_megatron.checkpoint.describe import describe_checkpoint, render_description
+def _plan_grow(options: argparse.Namespace) -> int:
+    from growth_megatron.growth.command import plan_grow
 
-    description = describe_checkpoint(Path(options.checkpoint))
-    print(json.dumps(description, indent=1) if options.json else render_description(description))
+    plan_grow(options.source, options.target, _request(options), materialize=options.materialize, as_json=options.json)
+    return EXIT_OK
+
+
+def _request(options: argparse.Namespace) -> Any:
+    from growth_megatron.growth.request import read_request
+
+    return read_request(
+        Path(options.config) if options.config else None,
+        settings=options.settings,
+        operator=options.operator,
+        layers=options.layers,
+        optimizer_state=options.optimizer_state,
+        seed=options.seed,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from growth_megatron.checkpoint.describe import describe_checkpoint, describe_tensor, render_description
+    from growth_megatron.checkpoint.tensor_statistics import render_tensor
+
+    path = Path(options.checkpoint)
+    if options.tensor is None:
+        description, render = describe_checkpoint(path), render_description
+    else:
+        description, render = describe_tensor(path, options.tensor), render_tensor
+    print(json.dumps(description, indent=1) if options.json else render(description))
     return EXIT_OK
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from growth_megatron.checkpoint.describe import verify_path
+    from growth_megatron.growth.verify import verify
 
-    for line in verify_path(Path(options.path), options.full):
-        print(line)
+    verify(Path(options.path), full=options.full, as_json=options.json)
+    return EXIT_OK
+
+
+def _import_hf(options: argparse.Namespace) -> int:
+    from growth_megatron.checkpoint.interchange import import_hf
+
+    import_hf(Path(options.source), Path(options.checkpoint))
+    return EXIT_OK
+
+
+def _export_hf(options: argparse.Namespace) -> int:
+    from growth_megatron.checkpoint.interchange import export_hf
+
+    tokenizer = Path(options.tokenizer) if options.tokenizer else None
+    target = Path(options.target)
+    export_hf(Path(options.checkpoint), target, dtype=options.dtype, tokenizer=tokenizer, verify=options.verify)
     return EXIT_OK
 
 
@@ -152,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
+    _add_interchange_commands(commands)
     _add_data_commands(commands)
     return parser
 
@@ -207,37 +243,108 @@ def _add_checkpoint_commands(commands: Commands) -> None:
         commands,
         "grow",
         _grow,
-        "Write a grown copy of a checkpoint; tensors are linked, not copied.",
+        "Write a grown copy of a checkpoint: deeper, wider or both, with its optimizer state.",
         "growth-megatron grow runs/a/latest runs/b/start --set num_layers=24",
         "growth-megatron grow runs/a/latest runs/b/start --layers '1-234*7-56' --optimizer-state carry --dry-run",
+        "growth-megatron grow runs/a/latest runs/b/start --operator identity+split --set num_layers=12 "
+        "hidden_size=1024 num_attention_heads=16 ffn_hidden_size=2816 shares=uneven",
+        "growth-megatron grow hf:models/base hf:models/grown --operator solar --set num_layers=48",
+        "torchrun --nproc-per-node 8 -m growth_megatron grow runs/a/latest runs/b/start --config growth.yaml",
     )
-    grow.add_argument("source", metavar="SOURCE", help="a checkpoint, RUN/latest or a run directory")
-    grow.add_argument("target", metavar="TARGET", help="folder to be made")
-    grow.add_argument("--operator", choices=["stack"], default="stack", help="stack: layer j copies layer j mod l")
-    grow.add_argument("--set", dest="settings", nargs="+", default=[], metavar="a=b", help="num_layers=N")
-    grow.add_argument("--layers", metavar="LIST", help="source layers: 0,1,0,1 from 0, or the paper's 1-234*7-56")
-    grow.add_argument("--optimizer-state", choices=["reset", "carry"], default="reset", help="default: %(default)s")
-    grow.add_argument("--seed", type=int, default=0, help="recorded; stacking draws no random numbers")
+    grow.add_argument("source", metavar="SOURCE", help="a checkpoint, RUN/latest, a run, or hf:DIR")
+    grow.add_argument("target", metavar="TARGET", help="folder to be made; hf:DIR for a Hugging Face folder")
+    _add_growth_options(grow)
     grow.add_argument("--dry-run", action="store_true", help="check and print the plan, write nothing")
+    plan = _command(
+        commands,
+        "plan grow",
+        _plan_grow,
+        "Say what a growth would do and cost, from metadata alone: source -> target map, bytes, memory, disk.",
+        "growth-megatron plan grow runs/a/latest --set num_layers=24 hidden_size=2048",
+        "growth-megatron plan grow runs/a/latest runs/b/start --operator identity --set num_layers=24 --json",
+    )
+    plan.add_argument("source", metavar="SOURCE", help="a checkpoint, RUN/latest, a run, or hf:DIR")
+    plan.add_argument(
+        "target", metavar="TARGET", nargs="?", help="where it would be written, to look at the disk there"
+    )
+    _add_growth_options(plan)
+    plan.add_argument("--json", action="store_true", help="machine-readable, sizes in bytes")
     inspect = _command(
         commands,
         "inspect",
         _inspect,
         "Say what a checkpoint holds: progress, geometry, layout, lineage, tensors.",
         "growth-megatron inspect runs/quickstart/latest",
+        "growth-megatron inspect runs/quickstart/latest --tensor decoder.layers.0.mlp.linear_fc1.weight",
     )
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest or a run directory")
+    inspect.add_argument("--tensor", metavar="KEY", help="statistics of one tensor: its values, chunks and files")
     inspect.add_argument("--json", action="store_true")
     verify = _command(
         commands,
         "verify",
         _verify,
-        "Check that a checkpoint, or every checkpoint of a run, is whole.",
+        "Check that a checkpoint, or every checkpoint of a run, is whole, and a grown one what its growth gives.",
         "growth-megatron verify runs/quickstart",
         "growth-megatron verify runs/quickstart/latest --full",
     )
     verify.add_argument("path", metavar="PATH", help="a checkpoint or a run directory")
-    verify.add_argument("--full", action="store_true", help="read every file and compare its checksum")
+    verify.add_argument("--full", action="store_true", help="every file's checksum and every value of a grown tensor")
+    verify.add_argument("--json", action="store_true", help="one object with all checks")
+
+
+def _add_growth_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--operator",
+        metavar="NAME",
+        help="direct (default), zero, random; depth: stack, interpolate, solar, midas, gradual, identity; width: "
+        "split, hypercloning, sparkling; or DEPTH+WIDTH",
+    )
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a=b",
+        help="num_layers, hidden_size, num_attention_heads, num_query_groups, head_dim, ffn_hidden_size, "
+        "tie_embeddings, norm_epsilon; order=interleaved|tiled, shares=even|uneven, cancelling_noise=X, noise=X, "
+        "multipliers=true",
+    )
+    parser.add_argument("--layers", metavar="LIST", help="source layers: 0,1,0,1 from 0, or the paper's 1-234*7-56")
+    parser.add_argument(
+        "--optimizer-state", choices=["reset", "carry", "asymmetric"], help="default: reset (sparkling: asymmetric)"
+    )
+    parser.add_argument("--seed", type=int, help="of new weights, noise and uneven shares; default: 0")
+    parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")
+    parser.add_argument("--materialize", action="store_true", help="write all data, also where links would do")
+
+
+def _add_interchange_commands(commands: Commands) -> None:
+    importer = _command(
+        commands,
+        "import-hf",
+        _import_hf,
+        "Write a Hugging Face LLaMA (config.json, safetensors) as a checkpoint that train resumes from.",
+        "growth-megatron import-hf models/tiny-llama runs/imported/start",
+    )
+    importer.add_argument("source", metavar="DIR", help="Hugging Face folder")
+    importer.add_argument("checkpoint", metavar="CHECKPOINT", help="folder to be made")
+    exporter = _command(
+        commands,
+        "export-hf",
+        _export_hf,
+        "Write a checkpoint as a Hugging Face LlamaForCausalLM, with its tokenizer.",
+        "growth-megatron export-hf runs/quickstart/latest models/quickstart --verify",
+        "growth-megatron export-hf runs/a models/a --dtype bfloat16 --tokenizer data/tokenizer.model",
+    )
+    exporter.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest or a run directory")
+    exporter.add_argument("target", metavar="DIR", help="folder to be made")
+    exporter.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored")
+    exporter.add_argument(
+        "--tokenizer", metavar="PATH", help="SentencePiece model or Hugging Face folder; default: the run's own"
+    )
+    exporter.add_argument("--verify", action="store_true", help="compare logits and token ids with transformers")
 
 
 def _add_data_commands(commands: Commands) -> None:

@@ -78,7 +78,7 @@ def test_the_help_of_all_lists_every_subcommand_and_the_exit_codes(run: Run) -> 
         (["train"], "CONFIG.yaml"),
         (["grow", "a"], "TARGET"),
         (["grow", "a", "b", "--optimizer-state", "keep"], "'reset', 'carry'"),
-        (["grow", "a", "b", "--operator", "widen"], "'stack'"),
+        (["grow", "a", "b", "--operator", "widen"], "'widen' is no operator"),
         (["plan", "c.yaml", "--world-size", "two"], "--world-size"),
         (["verify", "a", "--deep"], "--deep"),
     ],
@@ -307,7 +307,12 @@ def test_checkpoint_commands(run: Run, tmp_path: Path) -> None:
     shown = run("inspect", tmp_path / "run" / "latest")
     assert (shown.code, "step 20" in shown.out) == (EXIT_OK, True)
     assert json.loads(run("inspect", tmp_path / "run", "--json").out)["step"] == 20
+    shown = run("inspect", tmp_path / "run", "--tensor", "output_layer.weight")
+    assert (shown.code, "32 x 8, bfloat16" in shown.out) == (EXIT_OK, True)
+    assert json.loads(run("inspect", tmp_path / "run", "--tensor", "output_layer.weight", "--json").out)["zeros"] == 0
+    _helps(run("inspect", tmp_path / "run", "--tensor", "output.weight"), "did you mean output_layer.weight?")
     assert run("verify", tmp_path / "run", "--full").out.count("OK") == 2
+    assert json.loads(run("verify", tmp_path / "run", "--json").out)["ok"] is True
     dry = run("grow", tmp_path / "run", tmp_path / "b", "--layers", "1-12*2", "--dry-run")
     assert (dry.code, "nothing was written" in dry.out) == (EXIT_OK, True)
     assert run("grow", tmp_path / "run", tmp_path / "b", "--set", "num_layers=4").code == EXIT_OK
@@ -319,7 +324,7 @@ def test_checkpoint_commands(run: Run, tmp_path: Path) -> None:
     (checkpoints / "step_00000020" / "common.pt").unlink()
     one = run("verify", tmp_path / "run" / "latest")
     _helps(one, "damaged")
-    assert one.out.startswith("DAMAGED")
+    assert one.out.startswith("FAILED")
     (checkpoints / "step_00000010" / "common.pt").unlink()
     assert run("verify", tmp_path / "run").code == EXIT_NOTHING_VALID
 

@@ -34,7 +34,7 @@ from growth_megatron.config.load import LoadedConfig, config_hash
 from growth_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 from growth_megatron.data.dataset import build_train_dataset
 from growth_megatron.data.loader import BatchLoader
-from growth_megatron.growth.alias import grow_checkpoint
+from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import process_groups
@@ -356,15 +356,11 @@ class Growth:
         """What ``train`` does between two stages."""
         target, path = self.stages[1], directory.checkpoint_path(1, grown=True)
         assert target.growth is not None
-        state = target.growth.optimizer_state
+        state = target.growth.state_policy
 
-        def grow() -> None:
-            layers = stack_layers(manifest.geometry.num_layers, target.model.num_layers)
-            plan = plan_depth(manifest.geometry, target.model, layers)
-            grow_checkpoint(source, path, plan, state, seed=self.seed, stage=1)
-            directory.point_latest(path)
-
-        process_groups.on_rank_zero(grow)
+        layers = stack_layers(manifest.geometry.num_layers, target.model.num_layers)
+        grow_checkpoint(source, path, plan_depth(manifest.geometry, target.model, layers), state, stage=1)
+        process_groups.on_rank_zero(lambda: directory.point_latest(path))
         return newest(directory)
 
 

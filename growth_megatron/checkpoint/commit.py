@@ -1,21 +1,26 @@
 """How a checkpoint folder comes into being: written under a temporary name, made durable, then renamed.
 
 Owns: the order of operations, such that after a kill between any two of them either the old state or the new one can be
-found; and picking up what a kill left behind.
+found; picking up what a kill left behind; what may stand where a checkpoint is to be written.
 Does not own: where checkpoints live in a run (``checkpoint.run_directory``).
 
 The order: data files, then ``manifest.json`` (so a temporary folder that holds a sound manifest is complete), then the
 rename. A folder that is being replaced steps aside under ``.trash_`` first; until the rename follows, the complete
 temporary folder is the one that counts, and ``recover_folder`` finishes the rename.
+
+A checkpoint that is written over hours can go on after a kill: its temporary folder has two folders in it, one for data
+files that are being written and one for a journal of the complete ones. Both are gone before the rename.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from growth_megatron.checkpoint.files import FileOperations
 from growth_megatron.checkpoint.manifest import (
+    MANIFEST_NAME,
+    REQUIRED_FILES,
     FileEntry,
     Manifest,
     checksum_files,
@@ -27,6 +32,11 @@ from growth_megatron.errors import CheckpointError
 
 TEMPORARY_PREFIX = ".tmp_"
 TRASH_PREFIX = ".trash_"
+JOURNAL_FOLDER = ".journal"
+"""In a temporary folder: one file for each complete data file, with its name and ``JOURNAL_SUFFIX``."""
+JOURNAL_SUFFIX = ".json"
+UNFINISHED_FOLDER = ".unfinished"
+"""In a temporary folder: data files that are being written."""
 
 
 def temporary_path(final: Path) -> Path:
@@ -41,6 +51,48 @@ def begin_folder(final: Path, files: FileOperations) -> Path:
         files.remove_tree(temporary)
     files.make_directory(temporary)
     return temporary
+
+
+def check_target(final: Path) -> None:
+    """Raises CheckpointError if something stands at ``final`` that a new checkpoint must not replace."""
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise CheckpointError(f"{final} exists and is a file; choose another target")
+    if validate_checkpoint(final) is None:
+        raise CheckpointError(f"{final} exists and is a valid checkpoint; choose another target or remove it")
+    known = (MANIFEST_NAME, *REQUIRED_FILES)
+    if any(final.iterdir()) and not any((final / name).exists() for name in known):
+        raise CheckpointError(f"{final} exists and is not a checkpoint; choose another target")
+
+
+def begin_resumable(final: Path, keep: Collection[str], files: FileOperations) -> Path:
+    """The temporary folder of ``final`` with the data files ``keep`` of an earlier attempt, their journal, no more."""
+    if not keep:
+        temporary = begin_folder(final, files)
+    else:
+        temporary = temporary_path(final)
+        _reduce_to(temporary, keep, files)
+    files.make_directory(temporary / JOURNAL_FOLDER)
+    files.make_directory(temporary / UNFINISHED_FOLDER)
+    return temporary
+
+
+def _reduce_to(temporary: Path, keep: Collection[str], files: FileOperations) -> None:
+    unfinished = temporary / UNFINISHED_FOLDER
+    if unfinished.exists():
+        files.remove_tree(unfinished)
+    files.make_directory(unfinished)
+    journals = {f"{name}{JOURNAL_SUFFIX}" for name in keep}
+    folders = {unfinished.name, JOURNAL_FOLDER}
+    surplus = [path for path in temporary.iterdir() if path.name not in folders and path.name not in keep]
+    # The manifest goes first: without it nobody takes the folder for a complete checkpoint.
+    for path in sorted(surplus, key=lambda path: path.name != MANIFEST_NAME):
+        files.rename(path, unfinished / path.name)
+    for path in (temporary / JOURNAL_FOLDER).iterdir():
+        if path.name not in journals:
+            files.rename(path, unfinished / path.name)
+    files.remove_tree(unfinished)
 
 
 def commit_folder(
@@ -63,7 +115,7 @@ def commit_folder(
     temporary = temporary_path(final)
     if not temporary.is_dir():
         raise CheckpointError(f"nothing to commit: {temporary} does not exist; begin the checkpoint first")
-    names = list_files(temporary)
+    names = [name for name in list_files(temporary) if not name.startswith(f"{JOURNAL_FOLDER}/")]
     entries = dict(checksums or {})
     if absent := sorted(entries.keys() - set(names)):
         raise CheckpointError(f"{temporary} lacks {', '.join(absent)}, summed elsewhere; is it one shared file system?")
@@ -84,12 +136,19 @@ def commit_folder(
 
 
 def recover_folder(temporary: Path, files: FileOperations) -> str:
-    """Finish or remove a temporary folder that a kill left behind; says what was done."""
+    """Finish or remove a temporary folder that a kill left behind, or keep it for a growth to go on; says which."""
     final = temporary.parent / temporary.name.removeprefix(TEMPORARY_PREFIX)
     reason = validate_checkpoint(temporary)
     if reason is None and (not final.exists() or validate_checkpoint(final) is not None):
         _take_name(temporary, final, files)
         return f"finished the interrupted commit of {final.name}"
+    journal = temporary / JOURNAL_FOLDER
+    finished = sum(path.suffix == JOURNAL_SUFFIX for path in journal.iterdir()) if journal.is_dir() else 0
+    if reason is not None and finished:
+        return (
+            f"kept {temporary.name}, an unfinished growth of which {finished} data files are complete: the same growth "
+            "goes on from there"
+        )
     files.remove_tree(temporary)
     return f"removed {temporary.name}, left by an interrupted save ({reason or 'it was committed already'})"
 
@@ -104,6 +163,8 @@ def remove_folder(folder: Path, files: FileOperations) -> None:
 
 
 def _take_name(temporary: Path, final: Path, files: FileOperations) -> None:
+    if (temporary / JOURNAL_FOLDER).exists():
+        files.remove_tree(temporary / JOURNAL_FOLDER)
     trash = final.parent / f"{TRASH_PREFIX}{final.name}"
     if final.exists():
         if trash.exists():

@@ -1,36 +1,55 @@
 """What a checkpoint holds, and whether it is whole, in words for people and data for scripts.
 
-Owns: what ``inspect`` and ``verify`` say, and which checkpoint a path given on a command line means.
-Does not own: the manifest and its validation (``checkpoint.manifest``), reading tensors (``checkpoint.source``).
+Owns: what ``inspect`` says and ``verify`` says of files, and which checkpoint a path given on a command line means.
+Does not own: the manifest and its validation (``checkpoint.manifest``), reading tensors (``checkpoint.source``), what
+becomes of a growth (``growth.verify``).
 
 A path may be a checkpoint, a link to one (``RUN/latest``), a run directory or its ``checkpoints`` folder; of a run the
-newest valid checkpoint is meant. Nothing here reads tensor data, except ``verify --full``, which reads all files.
+newest valid checkpoint is meant. Tensor data are read by ``verify --full`` and ``inspect --tensor`` alone.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from typing import Any, Literal
 
 from growth_megatron.checkpoint.commit import TEMPORARY_PREFIX
-from growth_megatron.checkpoint.manifest import GrowthRecord, Manifest, read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.huggingface_config import CONFIG_NAME
+from growth_megatron.checkpoint.manifest import (
+    MANIFEST_NAME,
+    GrowthRecord,
+    Manifest,
+    read_manifest,
+    validate_checkpoint,
+)
 from growth_megatron.checkpoint.run_directory import CheckpointName, RunDirectory, Skipped
-from growth_megatron.checkpoint.source import DistCheckpoint, is_stacked
+from growth_megatron.checkpoint.source import METADATA_NAME, DistCheckpoint
+from growth_megatron.checkpoint.tensor_statistics import tensor_statistics
+from growth_megatron.checkpoint.tensor_table import render_table, tensor_table
 from growth_megatron.config.cost import parameter_count
 from growth_megatron.config.layers import connection_rate
 from growth_megatron.config.render import format_bytes, format_count
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.errors import CheckpointError, NothingValidError
-from growth_megatron.model.geometry import LAYER_PREFIX, tensor_shapes
 
-_LAYER_NUMBER = re.compile(rf"{re.escape(LAYER_PREFIX)}\d+\.")
-_ANY_LAYER = f"{LAYER_PREFIX}*."
+_GEOMETRY_NAMES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "num_attention_heads": "heads",
+    "query_groups": "groups",
+    "kv_channels": "head channels",
+    "ffn_hidden_size": "ffn",
+    "vocab_size": "vocabulary",
+    "padded_vocab_size": "padded vocabulary",
+    "sequence_length": "sequence",
+    "rope_base": "rope base",
+    "norm_epsilon": "norm epsilon",
+}
 
 
 @dataclass(frozen=True)
@@ -61,28 +80,25 @@ def locate_checkpoint(path: Path) -> Located:
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """All that is known of a checkpoint without reading its tensors, as JSON-able data; sizes in bytes.
 
+    Of a Hugging Face folder that is its geometry, files and tensors.
+
     Raises:
         CheckpointError: no checkpoint, or one whose manifest or ``.metadata`` cannot be read.
     """
+    if _is_huggingface(path):
+        return _describe_huggingface(path)
     located = locate_checkpoint(path)
     manifest = _manifest_of(located.path)
     stored = DistCheckpoint(located.path)
     problem = validate_checkpoint(located.path)
     counters = ("step", "stage", "stage_step", "consumed_samples", "consumed_tokens", "flops")
-    parameters = parameter_count(manifest.geometry)
     return {
         "path": str(located.path),
+        "kind": "checkpoint",
         "problem": problem,
         "skipped": [{"path": str(item.path), "reason": item.reason} for item in located.skipped],
         **{name: getattr(manifest, name) for name in counters},
-        "geometry": {
-            **manifest.geometry.model_dump(mode="json"),
-            "num_query_groups": manifest.geometry.query_groups,
-            "head_dim": manifest.geometry.kv_channels,
-            "padded_vocab_size": manifest.geometry.padded_vocab_size,
-        },
-        "parameters": parameters.total,
-        "parameters_without_embeddings": parameters.without_embeddings,
+        **_model_description(manifest.geometry),
         "layout": manifest.layout.model_dump(mode="json"),
         "world_size": manifest.world_size,
         "has_optimizer_state": manifest.has_optimizer_state,
@@ -94,15 +110,67 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "shared_bytes": _shared_bytes(located.path, manifest),
         "files": {name: entry.size_bytes for name, entry in manifest.files.items()},
         "lineage": [record.model_dump(mode="json") for record in manifest.lineage],
-        "tensors": _tensor_table(stored, manifest.geometry),
+        "tensors": tensor_table(stored, manifest.geometry),
         "objects": len(stored.object_keys()),
+    }
+
+
+def _describe_huggingface(path: Path) -> dict[str, Any]:
+    folder = HuggingFaceCheckpoint(path)
+    files = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
+    return {
+        "path": str(path),
+        "kind": "huggingface",
+        **_model_description(folder.geometry),
+        "bytes": sum(files.values()),
+        "files": files,
+        "tensors": tensor_table(folder, folder.geometry),
+    }
+
+
+def _model_description(model: ModelConfig) -> dict[str, Any]:
+    parameters = parameter_count(model)
+    return {
+        "geometry": {
+            **model.model_dump(mode="json"),
+            "num_query_groups": model.query_groups,
+            "head_dim": model.kv_channels,
+            "padded_vocab_size": model.padded_vocab_size,
+        },
+        "parameters": parameters.total,
+        "parameters_without_embeddings": parameters.without_embeddings,
     }
 
 
 def render_description(description: dict[str, Any]) -> str:
     """``describe_checkpoint``'s answer as text."""
     d = description
-    model, layout = ModelConfig.model_validate(_model_fields(d["geometry"])), ParallelConfig(**d["layout"])
+    rows = _huggingface_lines(d) if d["kind"] == "huggingface" else _checkpoint_lines(d)
+    width = max(len(name) for name, _ in rows)
+    head = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
+    return "\n".join([*head, "", *render_table(d["tensors"], d.get("objects", 0))])
+
+
+def _huggingface_lines(d: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("folder", f"{d['path']} (Hugging Face)"),
+        *_model_lines(d),
+        (
+            "files",
+            f"{len(d['files'])} files, {format_bytes(d['bytes'])}; tensors are shown as megatron-core fuses them",
+        ),
+    ]
+
+
+def _model_lines(d: dict[str, Any]) -> list[tuple[str, str]]:
+    count, inner = format_count(d["parameters"]), format_count(d["parameters_without_embeddings"])
+    return [
+        ("model", model_line(ModelConfig.model_validate(_model_fields(d["geometry"])))),
+        ("parameters", f"{count} ({inner} without embeddings)"),
+    ]
+
+
+def _checkpoint_lines(d: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("checkpoint", d["path"]),
         ("state", "whole (files and sizes)" if d["problem"] is None else f"DAMAGED: {d['problem']}"),
@@ -112,12 +180,8 @@ def render_description(description: dict[str, Any]) -> str:
             "consumed",
             f"{d['consumed_samples']:,} samples, {d['consumed_tokens']:,} tokens, {d['flops']:.3e} FLOPs",
         ),
-        ("model", model_line(model)),
-        (
-            "parameters",
-            f"{format_count(d['parameters'])} ({format_count(d['parameters_without_embeddings'])} without embeddings)",
-        ),
-        ("saved at", layout_line(layout, d["world_size"])),
+        *_model_lines(d),
+        ("saved at", layout_line(ParallelConfig(**d["layout"]), d["world_size"])),
         ("optimizer", "state included" if d["has_optimizer_state"] else "no state"),
         ("files", _files_line(d)),
         ("written by", f"growth_megatron {d['library_version']}, format {d['format_version']}"),
@@ -126,15 +190,48 @@ def render_description(description: dict[str, Any]) -> str:
         rows.append(
             ("lineage" if number == 0 else "", growth_line(GrowthRecord.model_validate_json(json.dumps(record))))
         )
-    width = max(len(name) for name, _ in rows)
-    head = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join([*head, "", *_rendered_tensors(d["tensors"], d["objects"])])
+    return rows
 
 
-def verify_path(path: Path, full: bool = False) -> Iterator[str]:
-    """One line for each checkpoint at ``path``, newest first: OK or DAMAGED, and why. ``full`` also sums the contents.
+def describe_tensor(path: Path, key: str) -> dict[str, Any]:
+    """Statistics of one tensor of the checkpoint that ``path`` means (``tensor_statistics``), as JSON-able data.
 
-    Raises, after the last line:
+    Raises:
+        CheckpointError: no such checkpoint or tensor, or damaged data.
+    """
+    if _is_huggingface(path):
+        return {"path": str(path), **tensor_statistics(HuggingFaceCheckpoint(path), key)}
+    located = locate_checkpoint(path).path
+    return {"path": str(located), **tensor_statistics(DistCheckpoint(located), key)}
+
+
+Outcome = Literal["OK", "FAILED", "SKIPPED"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at in a checkpoint; ``figures`` are the numbers its text names."""
+
+    path: Path
+    subject: str
+    outcome: Outcome
+    text: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        return f"{self.outcome:<7}  {self.path}  {self.subject}: {self.text}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, the figures beside the rest; null where one is not finite."""
+        words = {"path": str(self.path), "subject": self.subject, "outcome": self.outcome, "text": self.text}
+        return {**words, **{name: value if math.isfinite(value) else None for name, value in self.figures.items()}}
+
+
+def verify_files(path: Path, full: bool = False) -> Iterator[Check]:
+    """One check for each checkpoint at ``path``, newest first: are its files whole. ``full`` sums the contents too.
+
+    Raises, after the last check:
         CheckpointError: the checkpoint, or some of the run's, are damaged; or there is none.
         NothingValidError: the run has checkpoints and none of them is whole.
     """
@@ -145,10 +242,10 @@ def verify_path(path: Path, full: bool = False) -> Iterator[str]:
     for checkpoint in checkpoints:
         reason = validate_checkpoint(checkpoint, full)
         if reason is None:
-            yield f"OK       {checkpoint}  {_contents_line(read_manifest(checkpoint), full)}"
+            yield Check(checkpoint, "files", "OK", _contents_line(read_manifest(checkpoint), full))
         else:
             damaged.append(Skipped(checkpoint, reason))
-            yield f"DAMAGED  {checkpoint}  {reason}"
+            yield Check(checkpoint, "files", "FAILED", reason)
     if run is not None:
         yield from _left_behind(run)
         if len(damaged) == len(checkpoints):
@@ -180,13 +277,23 @@ def layout_line(layout: ParallelConfig, world_size: int) -> str:
     )
 
 
+def geometry_changes(source: ModelConfig, target: ModelConfig) -> list[str]:
+    """What differs between two geometries, each as ``hidden 512 -> 1024``."""
+    pairs = [(name, getattr(source, key), getattr(target, key)) for key, name in _GEOMETRY_NAMES.items()]
+    changes = [f"{name} {before} -> {after}" for name, before, after in pairs if before != after]
+    if source.tie_embeddings != target.tie_embeddings:
+        changes.append("embeddings tied" if target.tie_embeddings else "embeddings untied")
+    return changes
+
+
 def growth_line(record: GrowthRecord) -> str:
     """One growth of a lineage, in one line."""
+    changes = ", ".join(geometry_changes(record.source_geometry, record.target_geometry)) or "same geometry"
     text = (
-        f"step {record.step:,}: {record.operator} {record.source_geometry.num_layers} -> "
-        f"{record.target_geometry.num_layers} layers, optimizer state {record.optimizer_state}, from {record.source}"
+        f"step {record.step:,}: {record.operator}: {changes}; optimizer state {record.optimizer_state}, "
+        f"from {record.source}"
     )
-    if record.layers is not None:
+    if record.layers is not None and record.layers != tuple(range(record.source_geometry.num_layers)):
         text += f"; layers {compact_layers(record.layers)}, {100 * connection_rate(record.layers):.1f} % connected"
     if record.validation_loss_after is not None:
         before = "unknown" if record.validation_loss_before is None else f"{record.validation_loss_before:.4f}"
@@ -232,6 +339,11 @@ def _near(path: Path) -> str:
     return f"; the newest there: {', '.join(names)}" if names else ""
 
 
+def _is_huggingface(path: Path) -> bool:
+    ours = (METADATA_NAME, MANIFEST_NAME, "checkpoints")
+    return (path / CONFIG_NAME).is_file() and not any((path / name).exists() for name in ours)
+
+
 def _run_of(path: Path) -> RunDirectory | None:
     """The run whose directory, or whose ``checkpoints`` folder, ``path`` is."""
     if (path / "checkpoints").is_dir():
@@ -256,10 +368,11 @@ def _none_valid(run: RunDirectory, skipped: Sequence[Skipped]) -> CheckpointErro
     return NothingValidError(f"none of the checkpoints in {run.checkpoints_path} is valid ({found})")
 
 
-def _left_behind(run: RunDirectory) -> Iterator[str]:
+def _left_behind(run: RunDirectory) -> Iterator[Check]:
+    text = "unfinished: a save under way, or one that was killed; the next train tidies it up"
     for entry in sorted(run.checkpoints_path.iterdir()):
         if entry.name.startswith(TEMPORARY_PREFIX):
-            yield f"UNFINISHED  {entry}  a save under way, or one that was killed: the next train tidies it up"
+            yield Check(entry, "files", "SKIPPED", text)
 
 
 def _contents_line(manifest: Manifest, full: bool) -> str:
@@ -276,54 +389,6 @@ def _shared_bytes(path: Path, manifest: Manifest) -> int:
 def _files_line(d: dict[str, Any]) -> str:
     shared = f", {format_bytes(d['shared_bytes'])} of them shared with other checkpoints" if d["shared_bytes"] else ""
     return f"{len(d['files'])} files, {format_bytes(d['bytes'])}{shared}"
-
-
-def _tensor_table(stored: DistCheckpoint, geometry: ModelConfig) -> list[dict[str, Any]]:
-    """Tensors alike in name, up to the layer, and in shape and type: how many, in how many stored chunks."""
-    groups: dict[tuple[str, tuple[int, ...], str], dict[str, Any]] = {}
-    for key, entry in stored.metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        count, shape = 1, tuple(entry.size)
-        pattern = _LAYER_NUMBER.sub(_ANY_LAYER, key)
-        if is_stacked(key):
-            count, shape = shape[0], shape[1:]
-            pattern = key.replace(LAYER_PREFIX, _ANY_LAYER, 1)
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        group = groups.setdefault(
-            (pattern, shape, dtype),
-            {"key": pattern, "count": 0, "shape": list(shape), "dtype": dtype, "chunks": 0},
-        )
-        group["count"] += count
-        group["chunks"] += len(entry.chunks)
-    order = list(dict.fromkeys(_LAYER_NUMBER.sub(_ANY_LAYER, key) for key in tensor_shapes(geometry)))
-    return sorted(groups.values(), key=lambda group: _place(group["key"], order))
-
-
-def _place(pattern: str, order: Sequence[str]) -> tuple[int, str, int, str]:
-    """Weights first, in the model's order; then each part of the optimizer's state, in the same order."""
-    for number, name in enumerate(order):
-        if pattern == name or pattern.endswith(f".{name}"):
-            return 0, pattern.removesuffix(name), number, pattern
-    return 1, "", 0, pattern
-
-
-def _rendered_tensors(tensors: Sequence[dict[str, Any]], objects: int) -> list[str]:
-    rows = [("tensors", "count", "shape", "type", "chunks")]
-    for t in tensors:
-        shape = " x ".join(map(str, t["shape"])) or "scalar"
-        rows.append((t["key"], str(t["count"]), shape, t["dtype"], str(t["chunks"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in (0, 2, 3) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    if objects:
-        lines.append(f"and {objects} byte object{'s' if objects != 1 else ''}")
-    return lines
 
 
 def _model_fields(geometry: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,12 @@ classes of that file and no others, everything else through ``weights_only=True`
 
 from __future__ import annotations
 
+import functools
 import io
-import os
+import math
 import pickle
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
@@ -22,11 +24,13 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 
+from growth_megatron.checkpoint.stored_chunk import FileSlice, NotPlainError, locate_tensor, read_element, read_region
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.geometry import LAYER_PREFIX
 
@@ -65,6 +69,8 @@ _METADATA_CLASSES = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
+_LOCATIONS_KEPT = 4096
+_LATEST_ELEMENTS = 1 << 23
 _LAYER_KEY = re.compile(r"decoder\.layers\.\d+\.")
 
 
@@ -101,6 +107,44 @@ def whole(shape: tuple[int, ...]) -> Region:
     return tuple(slice(0, size) for size in shape)
 
 
+class WithFreshOptimizer:
+    """A source of weights that also has the optimizer state of a first step.
+
+    Masters are the weights in float32. Both moments are zeros with stride 0, which cost nothing in memory and,
+    written as they are, nothing on the disk.
+    """
+
+    def __init__(self, weights: TensorSource) -> None:
+        """Raises CheckpointError if the source has optimizer state already."""
+        self._weights = weights
+        self._latest = threading.local()
+        for key in weights.keys():
+            if split_state_key(key)[0]:
+                raise CheckpointError(f"the source has optimizer state already ({key}); take its weights alone")
+
+    def keys(self) -> list[str]:
+        return [prefix + key for prefix in STATE_PREFIXES for key in self._weights.keys()]
+
+    def spec(self, key: str) -> TensorSpec:
+        prefix, name = split_state_key(key)
+        spec = self._weights.spec(name)
+        return TensorSpec(spec.shape, torch.float32) if prefix else spec
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        prefix, name = split_state_key(key)
+        if prefix in MOMENT_PREFIXES:
+            check_region(key, self.spec(key).shape, region)
+            return torch.zeros(()).expand([part.stop - part.start for part in region])
+        # A writer asks for the master of some rows right after the weights: those are not computed twice.
+        wanted = (name, tuple((part.start, part.stop) for part in region))
+        known, values = getattr(self._latest, "read", (None, None))
+        if known != wanted or values is None:
+            values = self._weights.read(name, region)
+        is_small = values.numel() <= _LATEST_ELEMENTS
+        self._latest.read = (None, None) if prefix or not is_small else (wanted, values)
+        return values.to(torch.float32, copy=True) if prefix else values
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Where a shown tensor lies: a stored key, and which layer of it if layers are its first axis."""
@@ -108,6 +152,16 @@ class _Stored:
     key: str
     entry: TensorStorageMetadata
     layer: int | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The part of a region that one stored chunk holds: a region of the chunk, and where it goes."""
+
+    index: MetadataIndex
+    sizes: torch.Size
+    here: Region
+    there: Region
 
 
 class DistCheckpoint:
@@ -123,6 +177,7 @@ class DistCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata = read_metadata(self.path)
+        self._located = functools.lru_cache(_LOCATIONS_KEPT)(locate_tensor)
         self._tensors: dict[str, _Stored] = {}
         for key, stored in self.metadata.state_dict_metadata.items():
             if not isinstance(stored, TensorStorageMetadata):
@@ -148,7 +203,9 @@ class DistCheckpoint:
         return TensorSpec(shape, stored.entry.properties.dtype)
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """``region`` of a tensor (default: all of it), one stored chunk in memory at a time.
+        """``region`` of a tensor (default: all of it), read straight into place; threads may read at once.
+
+        A region in which one stored element stands for all (moments that were reset) comes as such: with stride 0.
 
         Raises:
             CheckpointError: no such tensor, a region outside it, or data that is missing or damaged.
@@ -158,22 +215,17 @@ class DistCheckpoint:
         check_region(key, spec.shape, region)
         stored = self._locate(key)
         within = region if stored.layer is None else (slice(stored.layer, stored.layer + 1), *region)
-        out = torch.empty([part.stop - part.start for part in within], dtype=spec.dtype)
-        filled = 0
-        for chunk in stored.entry.chunks:
-            overlap = [
-                (max(part.start, offset), min(part.stop, offset + size))
-                for part, offset, size in zip(within, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(stop <= start for start, stop in overlap):
-                continue
-            data = self._chunk(stored.key, chunk.offsets, chunk.sizes)
-            here = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
-            there = tuple(slice(a - part.start, b - part.start) for (a, b), part in zip(overlap, within, strict=True))
-            out[there].copy_(data[here])
-            filled += out[there].numel()
-        if filled != out.numel():
+        sizes = [part.stop - part.start for part in within]
+        chunks = stored.entry.chunks
+        pieces = [piece for chunk in chunks if (piece := _piece(stored.key, chunk, within)) is not None]
+        if sum(math.prod(part.stop - part.start for part in piece.here) for piece in pieces) != math.prod(sizes):
             raise CheckpointError(f"{self.path}: {key} is stored with holes or overlaps; the checkpoint is damaged")
+        element = self._constant(pieces, spec.dtype)
+        if element is not None:
+            return element.expand(sizes if stored.layer is None else sizes[1:])
+        out = torch.empty(sizes, dtype=spec.dtype)
+        for piece in pieces:
+            self._read_piece(piece, out[piece.there])
         return out if stored.layer is None else out[0]
 
     def read_object(self, key: str) -> bytes:
@@ -196,22 +248,59 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.path}: {METADATA_NAME} does not say where {index.fqn} {index.offset} lies")
         return info
 
-    def _open(self, info: _StorageInfo) -> IO[bytes]:
+    def _data_path(self, info: _StorageInfo) -> Path:
         relative = PurePosixPath(info.relative_path)
         if relative.is_absolute() or ".." in relative.parts:
             raise CheckpointError(f"{self.path / METADATA_NAME} names {relative}, outside of it; do not trust it")
-        path = self.path / relative
+        return self.path / relative
+
+    def _open(self, info: _StorageInfo) -> IO[bytes]:
+        path = self._data_path(info)
         try:
-            return io.BufferedReader(_FileSlice(path, info.offset, info.length))
+            return io.BufferedReader(FileSlice(path, info.offset, info.length))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
-    def _chunk(self, key: str, offsets: torch.Size, sizes: torch.Size) -> torch.Tensor:
-        info = self._storage(MetadataIndex(key, offsets))
+    def _constant(self, pieces: list[_Piece], dtype: torch.dtype) -> torch.Tensor | None:
+        """The element that is stored for all of ``pieces``, of shape (); None where there is no such element."""
+        first: torch.Tensor | None = None
+        for piece in pieces:
+            info = self._storage(piece.index)
+            path = self._data_path(info)
+            try:
+                stored = self._located(path, info.offset, info.length)
+                if not stored.is_constant or stored.dtype != dtype or stored.shape != tuple(piece.sizes):
+                    return None
+                element = read_element(path, stored)
+            except (NotPlainError, OSError):
+                return None
+            if first is None:
+                first = element
+            elif not torch.equal(first[None].view(torch.uint8), element[None].view(torch.uint8)):
+                return None
+        return first
+
+    def _read_piece(self, piece: _Piece, out: torch.Tensor) -> None:
+        info = self._storage(piece.index)
+        path = self._data_path(info)
+        try:
+            stored = self._located(path, info.offset, info.length)
+            if stored.shape != tuple(piece.sizes):
+                raise NotPlainError(f"of {stored.shape}")
+            read_region(path, stored, piece.here, out)
+        except (NotPlainError, OSError):  # torch.load reads other kinds, and says what is wrong with damaged ones
+            out.copy_(self._chunk(piece)[piece.here])
+
+    def _chunk(self, piece: _Piece) -> torch.Tensor:
+        """A whole stored chunk."""
+        key, sizes = piece.index.fqn, piece.sizes
+        info = self._storage(piece.index)
         try:
             with self._open(info) as file:
                 data = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # torch.load of damaged bytes can fail in any way
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{self.path / info.relative_path}: {key} at byte {info.offset} is damaged ({reason})"
@@ -219,6 +308,18 @@ class DistCheckpoint:
         if not isinstance(data, torch.Tensor) or data.shape != sizes:
             raise CheckpointError(f"{self.path / info.relative_path}: {key} at byte {info.offset} is not of {sizes}")
         return data.detach()
+
+
+def _piece(key: str, chunk: ChunkStorageMetadata, within: Region) -> _Piece | None:
+    """The part of a region that a stored chunk holds, if any."""
+    here, there = [], []
+    for part, offset, size in zip(within, chunk.offsets, chunk.sizes, strict=True):
+        start, stop = max(part.start, offset), min(part.stop, offset + size)
+        if stop <= start:
+            return None
+        here.append(slice(start - offset, stop - offset))
+        there.append(slice(start - part.start, stop - part.start))
+    return _Piece(MetadataIndex(key, chunk.offsets), chunk.sizes, tuple(here), tuple(there))
 
 
 def is_stacked(key: str) -> bool:
@@ -284,42 +385,6 @@ def check_region(key: str, shape: tuple[int, ...], region: Region) -> None:
     )
     if not fits:
         raise CheckpointError(f"{key} has shape {shape}; the region {region} is not within it")
-
-
-class _FileSlice(io.RawIOBase):
-    """Some bytes in the middle of a file, as a file: a chunk is read without a second copy of it in memory."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        super().__init__()
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._offset, self._length, self._position = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, base + position)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), max(0, self._length - self._position))
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(view[:wanted]) or 0
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -29,7 +29,7 @@ WIDTH_FIELDS = {
 """Key of the configuration -> attribute with its default filled in."""
 
 GEOMETRY_FIELDS = {"num_layers": "num_layers", **WIDTH_FIELDS}
-_KEPT = ("vocab_size", "vocab_multiple", "rope_base")
+_KEPT = {"vocab_size": "vocab_size", "vocab_multiple": "padded_vocab_size", "rope_base": "rope_base"}
 
 
 def width_changes(source: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -78,10 +78,10 @@ def zero_width_norm_epsilon(source: ModelConfig, hidden_size: int) -> float:
 
 
 def _kept_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
-    for key in _KEPT:
-        before, after = getattr(source, key), getattr(target, key)
+    for key, attribute in _KEPT.items():
+        before, after = getattr(source, attribute), getattr(target, attribute)
         if before != after:
-            yield f"model.{key}", f"{after} differs from the source's {before}; growth keeps it"
+            yield f"model.{key}", f"makes {attribute} {after}, the source has {before}; growth keeps it"
     if target.tie_embeddings and not source.tie_embeddings:
         text = "an untied output cannot be tied by growth, its weights would be lost; set it to false"
         yield "model.tie_embeddings", text
@@ -113,7 +113,8 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
             yield "growth.layers", str(error)
         elif after < before:
             kept = ",".join(map(str, range(min(after, 4)))) + (",..." if after > 4 else "")
-            text = f"{after} is less than the source's {before}; to drop layers, list those to keep (layers: {kept})"
+            text = f"{after} is less than the source's {before}; to drop layers, list those to keep in growth.layers"
+            text += f" (--layers), as {kept}"
             yield "model.num_layers", text
         else:
             yield "model.num_layers", str(error)
@@ -164,7 +165,7 @@ def _tiling_problems(changes: dict[str, tuple[int, int]]) -> Iterator[Problem]:
     for key, (before, after) in changes.items():
         if key == "head_dim":
             yield f"model.{key}", f"hypercloning clones heads whole, so keep {before}; or use split"
-        elif after % before:
+        elif after > before and after % before:
             below = after // before * before
             text = f"hypercloning repeats the whole, so a multiple of {before}; nearest: {below} or {below + before}"
             yield f"model.{key}", text

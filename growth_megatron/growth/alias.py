@@ -15,10 +15,8 @@ import dataclasses
 import io
 import logging
 import pickle
-import re
 import shutil
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +35,7 @@ from growth_megatron.checkpoint.commit import begin_folder, commit_folder
 from growth_megatron.checkpoint.files import FileOperations
 from growth_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
-    GrowthRecord,
     Manifest,
-    library_version,
-    read_manifest,
-    validate_checkpoint,
 )
 from growth_megatron.checkpoint.source import (
     COMMON_NAME,
@@ -49,96 +43,86 @@ from growth_megatron.checkpoint.source import (
     MOMENT_PREFIXES,
     DistCheckpoint,
     is_stacked,
-    read_common,
     split_state_key,
 )
-from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.growth.plan import check_source_tensors
-from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule, check_optimizer_state
+from growth_megatron.errors import CheckpointError
+from growth_megatron.growth.lineage import object_targets
+from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule
 from growth_megatron.model.geometry import LAYER_PREFIX
 
 _LOG = logging.getLogger(__name__)
-_LAYER_OBJECT = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
-_STACKED_OBJECT = re.compile(
-    r"(?P<key>decoder\.layers\..*)/shard_(?P<layer>\d+)(?P<offset>[.\d]*)_\d+(?P<shape>[.\d]*)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthResult:
-    """What a growth cost. ``bytes_written`` includes ``bytes_copied``, which is 0 where links could be made."""
+class Linked:
+    """What a growth by links cost. ``bytes_written`` includes ``bytes_copied``, 0 where links could be made."""
 
-    path: Path
     manifest: Manifest
     bytes_written: int
     bytes_linked: int
     bytes_copied: int
-    seconds: float
 
 
-def grow_checkpoint(
-    source: Path,
+def can_link(plan: GrowthPlan, stored: Metadata) -> bool:
+    """Whether every target tensor is a whole stored tensor, or zero."""
+    layers_apart = all(
+        chunk.sizes[0] == 1
+        for key, entry in stored.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and is_stacked(key)
+        for chunk in entry.chunks
+    )
+    return plan.is_selection and layers_apart
+
+
+def link_checkpoint(
+    source: DistCheckpoint,
+    held: Manifest,
     target: Path,
     plan: GrowthPlan,
-    optimizer_state: str,
-    *,
-    seed: int = 0,
-    stage: int | None = None,
-    config_hash: str | None = None,
-    files: FileOperations | None = None,
-) -> GrowthResult:
-    """Write the checkpoint ``target`` that holds ``source`` grown by ``plan``; atomic, and safe to repeat after a kill.
+    policy: OptimizerState,
+    grown: Manifest,
+    common: Mapping[str, Any],
+    files: FileOperations,
+) -> Linked:
+    """Write the checkpoint ``target`` over the files of ``source``; atomic, and safe to repeat after a kill.
 
     Args:
-        optimizer_state: ``reset`` (moments zero, step 0) or ``carry`` (moments of each copied layer, step kept).
-        stage: index of the stage that goes on from the target; default: the one after the source's.
-        config_hash: of the configuration the growth is part of; default: the source's.
+        held: the source's manifest. grown, common: the target's, as ``growth.lineage`` gives them.
 
     Raises:
-        CheckpointError: the source is not whole, or ``target`` exists.
-        GrowthError: the plan is not one of whole tensors, or does not fit the source. Nothing is written then.
+        CheckpointError: the manifest lacks a data file, or copying instead of linking has no room.
     """
-    started = time.perf_counter()
-    files = files or FileOperations()
-    policy = check_optimizer_state(optimizer_state)
-    manifest = _check(source, target, plan)
-    checkpoint = DistCheckpoint(source)
-    check_source_tensors(plan, checkpoint)
-    if policy != "reset" and not any(key.startswith(MOMENT_PREFIXES) for key in checkpoint.keys()):
-        raise GrowthError(f"optimizer_state is {policy} but {source} holds no optimizer state; use reset")
-    zeros = Zeros(taken=manifest.files)
-    metadata = grown_metadata(checkpoint.metadata, plan, policy, zeros)
-    common = read_common(source)
-    if policy == "reset":
-        common = _with_step_zero(common)
+    zeros = Zeros(taken=held.files)
+    metadata = grown_metadata(source.metadata, plan, policy, zeros)
     data_names = {info.relative_path for info in metadata.storage_data.values()} - {zeros.name}
-    kept = {name: entry for name, entry in manifest.files.items() if name in data_names}
+    kept = {name: entry for name, entry in held.files.items() if name in data_names}
     if unknown := sorted(data_names - kept.keys()):
-        raise CheckpointError(f"cannot grow {source}: its manifest does not list {unknown[0]}, which holds tensors")
+        raise CheckpointError(f"cannot grow {source.path}: its manifest lacks {unknown[0]}, which holds tensors")
 
     folder = begin_folder(target, files)
-    was_copied = _link_or_copy(source, folder, kept, files)
+    was_copied = _link_or_copy(source.path, folder, kept, files)
     if zeros.content:
         files.write(folder / zeros.name, zeros.content)
-    for name in _other_files(manifest):
-        files.copy(source / name, folder / name)
-    files.write(folder / COMMON_NAME, _saved(common))
+    for name in other_files(held):
+        files.copy(source.path / name, folder / name)
+    files.write(folder / COMMON_NAME, _saved(dict(common)))
     files.write(folder / METADATA_NAME, pickle.dumps(metadata))
-    grown = _grown_manifest(manifest, source, plan, policy, seed, stage, config_hash)
     complete = commit_folder(target, grown, files, checksums=kept)
 
     data_bytes = sum(entry.size_bytes for entry in kept.values())
     linked = 0 if was_copied else data_bytes
     written = complete.total_bytes - linked + (target / MANIFEST_NAME).stat().st_size
-    return GrowthResult(target, complete, written, linked, data_bytes - linked, time.perf_counter() - started)
+    return Linked(complete, written, linked, data_bytes - linked)
+
+
+def other_files(manifest: Manifest) -> list[str]:
+    """Files that go on as they are: megatron-core's ``metadata.json``, the run's configuration."""
+    rewritten = {METADATA_NAME, COMMON_NAME}
+    return [name for name in manifest.files if name not in rewritten and not name.endswith(".distcp")]
 
 
 def grown_metadata(source: Metadata, plan: GrowthPlan, policy: OptimizerState, zeros: Zeros) -> Metadata:
-    """torch DCP metadata of the grown checkpoint: target keys over the source's stored chunks, or over ``zeros``.
-
-    Raises:
-        GrowthError: several layers are stored in one chunk.
-    """
+    """torch DCP metadata of the grown checkpoint: target keys over the source's stored chunks, or over ``zeros``."""
     assert plan.layers is not None
     uses: dict[str, list[TensorRule]] = {}
     for rule in plan.rules:
@@ -146,7 +130,7 @@ def grown_metadata(source: Metadata, plan: GrowthPlan, policy: OptimizerState, z
     grown = Metadata({}, None, {}, StorageMeta(), source.version)
     for key, stored in source.state_dict_metadata.items():
         if isinstance(stored, BytesStorageMetadata):
-            for name in _object_targets(key, plan.layers):
+            for name in object_targets(key, plan.layers):
                 grown.state_dict_metadata[name] = stored
                 grown.storage_data[MetadataIndex(name)] = source.storage_data[MetadataIndex(key)]
         elif is_stacked(key):
@@ -220,11 +204,6 @@ def _add_restacked(
     stored = source.state_dict_metadata[key]
     assert isinstance(stored, TensorStorageMetadata)
     assert plan.layers is not None
-    if any(chunk.sizes[0] != 1 for chunk in stored.chunks):
-        raise GrowthError(
-            f"{key} is stored with several layers in one chunk, which cannot be shared layer by layer; grow with "
-            "--materialize"
-        )
     prefix, name = split_state_key(key)
     rules = {rule.target: rule for rule in plan.rules}
     chunks: list[ChunkStorageMetadata] = []
@@ -241,43 +220,6 @@ def _add_restacked(
                 chunks.append(ChunkStorageMetadata(offsets, chunk.sizes))
     size = torch.Size((len(plan.layers), *stored.size[1:]))
     grown.state_dict_metadata[key] = dataclasses.replace(stored, size=size, chunks=chunks)
-
-
-def _object_targets(key: str, layers: tuple[int, ...]) -> list[str]:
-    """Names under which a stored byte object goes on: once for every layer that comes from its layer."""
-    if match := _LAYER_OBJECT.fullmatch(key):
-        number = int(match["layer"])
-        return [f"{LAYER_PREFIX}{layer}.{match['name']}" for layer, of in enumerate(layers) if of == number]
-    if match := _STACKED_OBJECT.fullmatch(key):
-        number, rest = int(match["layer"]), f"{match['offset']}_{len(layers)}{match['shape']}"
-        return [f"{match['key']}/shard_{layer}{rest}" for layer, of in enumerate(layers) if of == number]
-    return [key]
-
-
-def _check(source: Path, target: Path, plan: GrowthPlan) -> Manifest:
-    """The source's manifest, if the growth can be tried."""
-    if not plan.is_selection:
-        mixed = next(rule.target for rule in plan.rules if not rule.is_selection and rule.fill != "zero")
-        raise GrowthError(
-            f"{plan.operator} computes new values ({mixed}), which links to the source's files cannot hold; "
-            "use an operator that only copies layers"
-        )
-    reason = validate_checkpoint(source)
-    if reason is not None:
-        raise CheckpointError(f"cannot grow {source}: {reason}")
-    manifest = read_manifest(source)
-    if manifest.geometry != plan.source_geometry:
-        raise GrowthError(
-            f"the plan grows {plan.source_geometry!r} but {source} holds {manifest.geometry!r}; plan from the latter"
-        )
-    if target.exists():
-        if validate_checkpoint(target) is None:
-            raise CheckpointError(f"{target} exists and is a valid checkpoint; choose another target or remove it")
-        if not target.is_dir():
-            raise CheckpointError(f"{target} exists and is a file; choose another target")
-        if any(target.iterdir()) and not (target / METADATA_NAME).exists() and not (target / MANIFEST_NAME).exists():
-            raise CheckpointError(f"{target} exists and is not a checkpoint; choose another target")
-    return manifest
 
 
 def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: FileOperations) -> bool:
@@ -305,60 +247,7 @@ def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: Fil
     return True
 
 
-def _other_files(manifest: Manifest) -> list[str]:
-    """Files that go on as they are: megatron-core's ``metadata.json``, the run's configuration."""
-    rewritten = {METADATA_NAME, COMMON_NAME}
-    return [name for name in manifest.files if name not in rewritten and not name.endswith(".distcp")]
-
-
 def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _with_step_zero(value: Any) -> Any:
-    """A copy of ``common.pt``'s content in which every optimizer parameter group stands before its first step."""
-    if isinstance(value, dict):
-        copy = {key: _with_step_zero(item) for key, item in value.items()}
-        for group in copy.get("param_groups") or ():
-            if isinstance(group, dict) and group.get("step") is not None:
-                group["step"] = group["step"] * 0  # keeps its type: int, float or tensor
-        return copy
-    if isinstance(value, list):
-        return [_with_step_zero(item) for item in value]
-    return value
-
-
-def _grown_manifest(
-    manifest: Manifest,
-    source: Path,
-    plan: GrowthPlan,
-    policy: str,
-    seed: int,
-    stage: int | None,
-    config_hash: str | None,
-) -> Manifest:
-    record = GrowthRecord(
-        operator=plan.operator,
-        options=dict(plan.options),
-        layers=plan.layers,
-        optimizer_state=policy,
-        step=manifest.step,
-        source=str(source),
-        source_manifest_sha256=manifest.sha256,
-        source_geometry=plan.source_geometry,
-        target_geometry=plan.target_geometry,
-        seed=seed,
-        library_version=library_version(),
-    )
-    changes = {
-        "library_version": record.library_version,
-        "stage": manifest.stage + 1 if stage is None else stage,
-        "stage_step": 0,
-        "geometry": plan.target_geometry,
-        "config_hash": config_hash or manifest.config_hash,
-        "files": {},
-        "lineage": (*manifest.lineage, record),
-    }
-    return manifest.model_copy(update=changes)

@@ -66,8 +66,8 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
         seed=seed,
         function_preserving=_preserves(growth, layers, source.num_layers, wider),
         multipliers=_multipliers(noisy) if growth.multipliers else {},
-        silent=(*_silent_layers(operator, new_layers), *_silent_width(maps)),
-        inexact_moments=_inexact(maps),
+        silent=(*_silent_layers(operator, new_layers), *(() if growth.noise else _silent_width(maps))),
+        inexact_moments=_inexact(maps, noisy),
     )
 
 
@@ -240,14 +240,19 @@ def _silent_width(maps: WidthMaps) -> list[str]:
     """New parts without a gradient in the first step, with the reason."""
     source, target, operator = maps.source, maps.target, maps.operator
     silent = []
-    if operator == "split" and target.kv_channels > source.kv_channels:
-        silent.append("new q and k channels: zero on both sides, so they stay zero until noise is added")
+    if maps.copies and target.kv_channels > source.kv_channels:
+        silent.append("new q and k channels: both give zero, so without noise they stay zero")
     if operator != "zero":
         return silent
     if target.hidden_size > source.hidden_size:
         silent.append(
             "columns and gains that read the new hidden channels: these are zero until the embedding has moved"
         )
+        if target.tie_embeddings:
+            silent.append(
+                "rows of the new hidden channels in down of the last layer, and in o and down of new layers at the "
+                "end: the tied embedding that reads them is zero there"
+            )
     if target.ffn_hidden_size > source.ffn_hidden_size:
         silent.append("new gate rows and down columns: the new up rows are zero (these get a gradient)")
     if target.query_groups > source.query_groups:
@@ -262,10 +267,17 @@ def _silent_width(maps: WidthMaps) -> list[str]:
     return silent
 
 
-def _inexact(maps: WidthMaps) -> tuple[str, ...]:
-    if maps.heads.exact:
-        return ()
-    return ("k and v: each copy of a group serves only some of its heads, whose part of the gradient is not known",)
+def _inexact(maps: WidthMaps, rules: Sequence[TensorRule]) -> tuple[str, ...]:
+    inexact = []
+    if not maps.heads.exact:
+        inexact.append(
+            "k and v: each copy of a group serves only some of its heads, whose part of the gradient is not known"
+        )
+    if maps.source.tie_embeddings and not maps.target.tie_embeddings:
+        inexact.append("embedding and output: each carries the moments of both uses of the tied weight")
+    if any(rule.noise is not None and rule.noise.cancelling for rule in rules):
+        inexact.append("rows and gains of copies before cancelling noise: it changes their parts of the gradient")
+    return tuple(inexact)
 
 
 def describe_options(options: Mapping[str, Any]) -> str:

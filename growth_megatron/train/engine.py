@@ -8,19 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from growth_megatron.checkpoint.manifest import Multipliers
+from growth_megatron.checkpoint.optimizer_groups import (
+    EPSILON,
+    check_multipliers,
+    group_overrides,
+    without_layer_number,
+)
+from growth_megatron.checkpoint.sharded import FORMAT
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.model.llama import build_model_chunks
 
@@ -39,11 +57,19 @@ class StepResult:
 class Engine:
     """Model chunks in DistributedDataParallel with a DistributedOptimizer, at the current process groups."""
 
-    def __init__(self, stage: StageConfig) -> None:
-        self.stage = stage
+    def __init__(self, stage: StageConfig, multipliers: Mapping[str, Multipliers] = MappingProxyType({})) -> None:
+        """``multipliers``: as in a manifest, by model key with the layer number written ``*``.
+
+        A grown run follows its source by them as long as clip_grad has no effect: the gradients' norm is another.
+
+        Raises: CheckpointError if one is of no tensor of the model.
+        """
+        check_multipliers(multipliers, stage.model)
+        self.stage, self.multipliers = stage, multipliers
         self.models: list[GPTModel] = build_model_chunks(stage.model, stage.parallel, stage.training)
         self.wrapped: list[DistributedDataParallel] = []
         self._optimizer: MegatronOptimizer | None = None
+        self._epsilon_multipliers: list[float] = []
 
     def finish(self) -> None:
         """Wrap the models and build the optimizer: after initial weights are in, since it copies its masters here."""
@@ -66,28 +92,40 @@ class Engine:
             )
             for index, model in enumerate(self.models)
         ]
-        self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=self.stage.schedule.learning_rate,
-                min_lr=self.stage.schedule.min_learning_rate,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.epsilon,
-                clip_grad=settings.clip_grad or math.inf,  # without clipping the norm is still wanted
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-                overlap_param_gather=parallel.overlap_param_gather,
-            ),
-            self.wrapped,
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=self.stage.schedule.learning_rate,
+            min_lr=self.stage.schedule.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad or math.inf,  # without clipping the norm is still wanted
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
+        self._optimizer = get_megatron_optimizer(optimizer_config, self.wrapped, self._overrides(optimizer_config))
+        self._epsilon_multipliers = [group.get(EPSILON, 1.0) for group in self.optimizer.param_groups]
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.wrapped]
             config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    def _overrides(self, config: OptimizerConfig) -> dict[ParamKey, Any]:
+        """megatron-core's standard overrides and those of the multipliers: one group for each distinct combination."""
+        overrides: dict[ParamKey, Any] = get_standard_config_overrides(config)
+        members: dict[tuple[tuple[str, float], ...], set[int]] = {}
+        for param, key in _parameter_keys(self.models) if self.multipliers else ():
+            multipliers = self.multipliers.get(without_layer_number(key), Multipliers())
+            if changes := group_overrides(multipliers, is_gain=param.dim() == 1):
+                members.setdefault(tuple(sorted(changes.items())), set()).add(id(param))
+        for changed, ids in members.items():
+            belongs = ParamWithNamePredicate(str(changed), lambda param, _, ids=ids: id(param) in ids)
+            overrides[ParamKey(with_name_predicate=belongs)] = dict(changed)
+        return overrides
 
     def close(self) -> None:
         """Let go of model, buffers and optimizer state: the configuration ties them into a cycle through autograd's
@@ -104,11 +142,15 @@ class Engine:
     def set_optimizer_settings(self, learning_rate: float) -> None:
         """Put the configured settings into every parameter group; what a checkpoint stored of them is not used."""
         settings = self.stage.optimizer
-        for group in self.optimizer.param_groups:
+        for group, epsilon in zip(self.optimizer.param_groups, self._epsilon_multipliers, strict=True):
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
             group["betas"] = (settings.beta1, settings.beta2)
-            group["eps"] = settings.epsilon
+            group["eps"] = settings.epsilon * epsilon
+            # A load may have given it the values of another group that differs in nothing else.
+            group.pop(EPSILON, None)
+            if epsilon != 1.0:
+                group[EPSILON] = epsilon
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, stop_requested: bool = False) -> StepResult:
         """One update from this rank's micro-batches.
@@ -159,6 +201,19 @@ class Engine:
             forward_only=forward_only,
         )
         return [output["sums"] for output in outputs]  # empty except on the last pipeline stage
+
+
+def _parameter_keys(chunks: Sequence[GPTModel]) -> Iterator[tuple[torch.nn.Parameter, str]]:
+    """This rank's parameters and the keys under which checkpoints hold them.
+
+    The sharded state knows them: it renames gains, numbers layers over the whole model, and gives the second copy of
+    a tied embedding, on the last pipeline stage, the key of the first.
+    """
+    for chunk in chunks:
+        state = nested_values(chunk.sharded_state_dict(metadata=dict(FORMAT)))
+        keys = {id(part.data): part.key for part in state if isinstance(part, (ShardedTensor, ShardedTensorFactory))}
+        for param in chunk.parameters():
+            yield param, keys[id(param)]
 
 
 def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:

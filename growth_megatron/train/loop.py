@@ -248,6 +248,7 @@ class StageLoop:
             world_size=self.context.world_size,
             data_fingerprint=dict(self.context.data_fingerprint),
             config_hash=self.context.loaded.hash,
+            multipliers=dict(self.engine.multipliers),
             lineage=self._lineage,
         )
 

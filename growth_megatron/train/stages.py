@@ -18,20 +18,25 @@ from typing import Any
 
 import torch
 
+from growth_megatron.checkpoint.describe import geometry_changes
 from growth_megatron.checkpoint.manifest import Manifest, read_manifest, record_validation_losses
+from growth_megatron.checkpoint.optimizer_groups import describe_multipliers
+from growth_megatron.checkpoint.progress_bar import bytes_progress
 from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
 from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.cost import flops_per_token
-from growth_megatron.config.layers import connection_rate, resolve_layers
+from growth_megatron.config.layers import connection_rate
 from growth_megatron.config.load import LoadedConfig
+from growth_megatron.config.render import format_bytes
 from growth_megatron.config.schema import RunConfig
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
 from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
-from growth_megatron.growth.alias import GrowthResult, grow_checkpoint
-from growth_megatron.growth.plan import plan_depth
+from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
+from growth_megatron.growth.plan import plan_growth
+from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
@@ -106,7 +111,7 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
             context.metrics.log("event", step=progress.step, event="done", message=_done_message(context, progress))
             return EXIT_OK
         if manifest is not None and progress.ends_stage(config):
-            growth = process_groups.on_rank_zero(partial(_grow, context, choice, manifest))
+            growth = _grow(context, choice, manifest)
         else:
             wanted = required_world_size(config, progress.stage, context.world_size)
             if wanted != context.world_size:
@@ -121,7 +126,7 @@ def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, 
     """Build the stage at its layout, load it and train it. False if stopped early."""
     config, stage = context.loaded.config, context.loaded.config.stages[progress.stage]
     process_groups.set_layout(stage.parallel, config.run.seed)
-    engine = Engine(stage)
+    engine = Engine(stage, choice.manifest.multipliers if choice.manifest else {})
     if choice.path is None:
         pour_into_model(InitSource(stage.model, config.run.seed), engine.models)
         engine.finish()
@@ -129,6 +134,9 @@ def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, 
         engine.finish()
         load_into_model(choice.path, engine.models, engine.optimizer)
     context.metrics.log("event", step=progress.step, event="stage", message=_stage_message(context, progress, choice))
+    if engine.multipliers:
+        message = describe_multipliers(engine.multipliers)
+        context.metrics.log("event", step=progress.step, event="multipliers", message=message)
     loop = StageLoop(context, engine, choice.manifest, progress)
     context.watchdog.alive()
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
@@ -146,33 +154,45 @@ def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, 
 
 
 def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> GrowthResult:
-    """Grow the checkpoint at a stage's end into the next stage's geometry; rank 0 alone, whatever the layout."""
-    config = context.loaded.config
-    number = manifest.stage + 1
+    """Write the next stage's starting checkpoint out of this stage's last; all ranks share the work."""
+    config, number = context.loaded.config, manifest.stage + 1
     stage = config.stages[number]
     assert choice.path is not None
     assert stage.growth is not None
-    layers = resolve_layers(stage.growth.layers, manifest.geometry.num_layers, stage.model.num_layers)
-    result = grow_checkpoint(
-        choice.path,
-        context.directory.checkpoint_path(manifest.step, grown=True),
-        plan_depth(manifest.geometry, stage.model, layers),
-        stage.growth.optimizer_state,
-        seed=config.run.seed,
-        stage=number,
-        config_hash=context.loaded.hash,
-    )
+    plan = plan_growth(manifest.geometry, stage.model, stage.growth, config.run.seed)
+    with bytes_progress("growing") as progress:
+
+        def report(done: int, total: int) -> None:
+            context.watchdog.alive()
+            if process_groups.rank_from_environment() == 0:
+                progress(done, total)
+
+        result = grow_checkpoint(
+            choice.path,
+            context.directory.checkpoint_path(manifest.step, grown=True),
+            plan,
+            stage.growth.state_policy,
+            stage=number,
+            config_hash=context.loaded.hash,
+            progress=report,
+        )
+    process_groups.on_rank_zero(partial(_announce_growth, context, manifest, plan, stage.growth.state_policy, result))
+    return result
+
+
+def _announce_growth(
+    context: RunContext, manifest: Manifest, plan: GrowthPlan, policy: str, result: GrowthResult
+) -> None:
     context.directory.point_latest(result.path)
+    changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
     context.metrics.log(
         "event",
         step=manifest.step,
         event="grow",
-        message=f"grew {manifest.geometry.num_layers} -> {stage.model.num_layers} layers ({stage.growth.operator}, "
-        f"{100 * connection_rate(layers):.1f} % of layer connections kept, optimizer state "
-        f"{stage.growth.optimizer_state}) in {result.seconds:.2f} s: {result.bytes_written / 1024:.1f} KiB written, "
-        f"{result.bytes_linked / 2**20:.1f} MiB linked",
+        message=f"grew by {plan.operator}: {changes} ({100 * connection_rate(plan.layers or ()):.1f} % of layer "
+        f"connections kept, optimizer state {policy}) in {result.seconds:.2f} s: "
+        f"{format_bytes(result.bytes_written)} written, {format_bytes(result.bytes_linked)} linked",
     )
-    return result
 
 
 def _record_growth(

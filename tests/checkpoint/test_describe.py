@@ -10,18 +10,28 @@ import pytest
 from growth_megatron.checkpoint.describe import (
     compact_layers,
     describe_checkpoint,
+    describe_tensor,
+    geometry_changes,
+    growth_line,
     locate_checkpoint,
     render_description,
-    verify_path,
+    verify_files,
 )
-from growth_megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest, record_validation_losses
+from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.manifest import (
+    MANIFEST_NAME,
+    GrowthRecord,
+    read_manifest,
+    record_validation_losses,
+)
 from growth_megatron.config.cost import parameter_count
 from growth_megatron.config.layers import parse_layers, stack_layers
 from growth_megatron.config.schema import ParallelConfig
 from growth_megatron.errors import CheckpointError, NothingValidError
-from growth_megatron.growth.alias import grow_checkpoint
+from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.geometry import tensor_shapes
+from tests.checkpoint.huggingface_models import CASES, write_llama
 from tests.checkpoint.written import PREFIXES, geometry, manifest_of, write_checkpoint
 
 MODEL = geometry(3)
@@ -58,8 +68,8 @@ def _flip(checkpoint: Path) -> None:
 def _verified(path: Path, full: bool = False) -> tuple[list[str], CheckpointError | None]:
     lines: list[str] = []
     try:
-        for line in verify_path(path, full):
-            lines.append(line)
+        for check in verify_files(path, full):
+            lines.append(check.line)
     except CheckpointError as error:
         return lines, error
     return lines, None
@@ -127,12 +137,53 @@ def test_lineage_and_shared_files_of_a_grown_checkpoint(checkpoint: Path, tmp_pa
     assert description["shared_bytes"] == sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
     text = render_description(description)
     line = next(line for line in text.splitlines() if line.startswith("lineage"))
-    assert "step 100: stack 3 -> 5 layers, optimizer state reset" in line
+    assert "step 100: stack: layers 3 -> 5; optimizer state reset" in line
     assert "layers 0-2, 1-2, 75.0 % connected; validation loss 2.5000 -> 2.7500" in line
     assert str(checkpoint) in line
     assert "shared with other checkpoints" in text
     (fc1,) = (row for row in description["tensors"] if row["key"] == "decoder.layers.*.mlp.linear_fc1.weight")
     assert fc1["count"] == 5
+
+
+def test_a_growth_in_width_names_every_size_that_changed() -> None:
+    target = geometry(
+        3, hidden_size=16, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=18, norm_epsilon=5e-6
+    )
+    record = GrowthRecord(
+        operator="zero",
+        optimizer_state="asymmetric",
+        step=2000,
+        source="runs/a",
+        source_manifest_sha256="0",
+        source_geometry=MODEL,
+        target_geometry=target,
+        seed=0,
+        library_version="test",
+        layers=(0, 1, 2),
+    )
+    changes = "hidden 8 -> 16, heads 4 -> 8, groups 2 -> 4, ffn 12 -> 18, norm epsilon 1e-05 -> 5e-06"
+    assert growth_line(record) == f"step 2,000: zero: {changes}; optimizer state asymmetric, from runs/a"
+    assert geometry_changes(geometry(tie_embeddings=True), geometry(3)) == ["layers 2 -> 3", "embeddings untied"]
+    assert geometry_changes(MODEL, MODEL) == []
+
+
+def test_a_hugging_face_folder_is_described_by_its_sizes_and_tensors(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    write_llama(tmp_path, CASES["GQA, several files"])
+    description = describe_checkpoint(tmp_path)
+    assert json.loads(json.dumps(description)) == description
+    assert description["kind"] == "huggingface"
+    assert description["geometry"]["ffn_hidden_size"] == 80
+    assert sum(row["count"] for row in description["tensors"]) == len(tensor_shapes(geometry(2)))
+    assert description["bytes"] == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    text = render_description(description)
+    for words in ("Hugging Face", "2 layers, hidden 48, 4 heads in 2 groups", "decoder.layers.*.mlp.linear_fc1.weight"):
+        assert words in text, text
+    assert text == "\n".join(line.rstrip() for line in text.splitlines())
+    key = "decoder.layers.1.mlp.linear_fc1.weight"
+    shown = describe_tensor(tmp_path, key)
+    assert (shown["shape"], shown["dtype"], shown["chunks"]) == ([160, 48], "float32", [])
+    assert shown["rms"] == pytest.approx(float(HuggingFaceCheckpoint(tmp_path).read(key).square().mean().sqrt()))
 
 
 @pytest.mark.parametrize("name", ["", "latest", "checkpoints", "checkpoints/step_00000030"])
@@ -202,7 +253,7 @@ def test_verify_of_a_link_is_of_that_checkpoint(run: Path) -> None:
 def test_verify_names_all_before_it_fails(run: Path) -> None:
     _damage(run / "checkpoints" / "step_00000030")
     lines, error = _verified(run)
-    assert [line.split()[0] for line in lines] == ["DAMAGED", "OK", "OK"]
+    assert [line.split()[0] for line in lines] == ["FAILED", "OK", "OK"]
     assert "__0_0.distcp has" in lines[0]
     assert error is not None
     assert error.exit_code == 2
@@ -219,7 +270,7 @@ def test_a_changed_byte_is_found_by_full_alone(checkpoint: Path) -> None:
     _flip(checkpoint)
     assert _verified(checkpoint)[1] is None
     lines, error = _verified(checkpoint, full=True)
-    assert lines[0].startswith("DAMAGED")
+    assert lines[0].startswith("FAILED")
     assert "checksum" in lines[0]
     assert error is not None
     assert error.exit_code == 2
@@ -229,7 +280,8 @@ def test_an_interrupted_save_is_mentioned_and_no_fault(run: Path) -> None:
     (run / "checkpoints" / ".tmp_step_00000040").mkdir()
     lines, error = _verified(run)
     assert error is None
-    assert lines[-1].startswith("UNFINISHED")
+    assert lines[-1].startswith("SKIPPED")
+    assert "unfinished" in lines[-1]
 
 
 def test_verify_of_nothing(tmp_path: Path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_files, write_manifest
 from growth_megatron.checkpoint.sharded import Saver, load_into_model
 from growth_megatron.config.schema import StageConfig
-from growth_megatron.growth.alias import grow_checkpoint
+from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
-from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
 from tests.workers import batches, fresh_engine, stage_of
@@ -42,12 +40,8 @@ def train_save_grow_load(
     grown_model = source.model.model_copy(update={"num_layers": len(layers)})
     plan = plan_depth(source.model, grown_model, layers)
     for policy in ("reset", "carry"):
-        process_groups.on_rank_zero(partial(_grow, root, plan, policy))
+        grow_checkpoint(root / "source", root / f"grown_{policy}", plan, policy)
     return [_load(root, {**model, "num_layers": len(layers)}, **load) for load in loads]
-
-
-def _grow(root: Path, plan: GrowthPlan, policy: str) -> None:
-    grow_checkpoint(root / "source", root / f"grown_{policy}", plan, policy)
 
 
 def _load(root: Path, model: dict[str, Any], name: str, layout: dict[str, Any], policy: str) -> dict[str, Any]:

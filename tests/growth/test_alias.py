@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -24,11 +23,12 @@ from growth_megatron.checkpoint.run_directory import RunDirectory
 from growth_megatron.checkpoint.source import DistCheckpoint, read_common, whole
 from growth_megatron.config.layers import parse_layers, stack_layers
 from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.growth.alias import grow_checkpoint
+from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
 from tests.checkpoint.dying_files import DyingFiles, Killed
+from tests.checkpoint import written
 from tests.checkpoint.written import (
     geometry,
     manifest_of,
@@ -154,7 +154,7 @@ def test_the_step_is_reset_or_kept_with_the_moments(source: Path, tmp_path: Path
 
 def test_the_manifest_says_where_it_came_from(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     before = read_manifest(source)
-    result = grow_checkpoint(source, tmp_path / "a", plan, "reset", seed=7)
+    result = grow_checkpoint(source, tmp_path / "a", plan, "reset")
     manifest = read_manifest(tmp_path / "a")
     assert manifest == result.manifest
     assert (manifest.step, manifest.stage, manifest.stage_step) == (100, 1, 0)
@@ -162,7 +162,7 @@ def test_the_manifest_says_where_it_came_from(source: Path, tmp_path: Path, plan
         assert getattr(manifest, same) == getattr(before, same)
     assert manifest.geometry == TARGET
     (record,) = manifest.lineage
-    assert (record.operator, record.layers, record.optimizer_state, record.seed) == ("stack", LAYERS, "reset", 7)
+    assert (record.operator, record.layers, record.optimizer_state, record.seed) == ("stack", LAYERS, "reset", 0)
     assert (record.source, record.source_manifest_sha256) == (str(source), before.sha256)
     assert (record.source_geometry, record.target_geometry) == (SOURCE, TARGET)
     again = plan_depth(TARGET, geometry(6), stack_layers(5, 6))
@@ -301,12 +301,14 @@ def test_a_plan_for_another_model_is_refused(source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "target").exists()
 
 
-def test_a_plan_that_computes_values_is_refused(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
+def test_a_plan_that_computes_values_is_written_not_linked(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     key = "decoder.layers.4.mlp.linear_fc2.weight"
     fresh = TensorRule(key, (AxisRule(8), AxisRule(12)), fill="init")
     rules = tuple(fresh if rule.target == key else rule for rule in plan.rules)
-    with pytest.raises(GrowthError, match=f"stack computes new values .{key}."):
-        grow_checkpoint(source, tmp_path / "t", GrowthPlan("stack", SOURCE, TARGET, rules, LAYERS), "carry")
+    computed = GrowthPlan("stack", SOURCE, TARGET, rules, LAYERS)
+    result = grow_checkpoint(source, tmp_path / "computed", computed, "carry")
+    assert (result.bytes_linked, result.bytes_copied) == (0, 0)
+    assert_reads_as(tmp_path / "computed", GrownSource(DistCheckpoint(source), computed, "carry"))
     with pytest.raises(GrowthError, match="allowed: reset, carry"):
         grow_checkpoint(source, tmp_path / "t", plan, "half")
 
@@ -321,13 +323,12 @@ def test_weights_alone_grow_too_but_have_no_moments_to_carry(tmp_path: Path, pla
     assert_reads_as(tmp_path / "target", GrownSource(DistCheckpoint(tmp_path / "source"), plan, "reset"))
 
 
-def test_layers_stored_together_are_refused(tmp_path: Path, plan: GrowthPlan) -> None:
+def test_layers_stored_together_are_written_not_linked(
+    tmp_path: Path, plan: GrowthPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "_cut", lambda tensor, parts, stacked: [((0,) * tensor.dim(), tensor)])
     write_distributed(tmp_path / "source", stack(model_tensors(SOURCE), 3))
-    metadata = DistCheckpoint(tmp_path / "source").metadata
-    for key, stored in metadata.state_dict_metadata.items():
-        if key.startswith("decoder.layers."):
-            stored.chunks = [type(stored.chunks[0])(stored.chunks[0].offsets, stored.size)]  # type: ignore[union-attr]
-    (tmp_path / "source/.metadata").write_bytes(pickle.dumps(metadata))
     _sign(tmp_path / "source")
-    with pytest.raises(GrowthError, match="several layers in one chunk"):
-        grow_checkpoint(tmp_path / "source", tmp_path / "target", plan, "carry")
+    result = grow_checkpoint(tmp_path / "source", tmp_path / "target", plan, "carry")
+    assert result.bytes_linked == 0
+    assert_reads_as(tmp_path / "target", GrownSource(DistCheckpoint(tmp_path / "source"), plan, "carry"))

@@ -23,6 +23,7 @@ from growth_megatron.checkpoint.source import DistCheckpoint
 from growth_megatron.config.layers import parse_layers
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, GrowthError, GrowthMegatronError, NothingValidError
 from growth_megatron.growth.command import grow
+from growth_megatron.growth.request import read_request
 from tests.checkpoint.written import geometry, manifest_of, model_tensors, write_checkpoint, write_distributed
 from tests.command_line import run_commands
 
@@ -36,8 +37,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def _grow(source: Path, target: Path, *settings: str, **options: Any) -> None:
-    chosen = {"layers": None, "optimizer_state": "reset", "seed": 0, "dry_run": False, **options}
-    grow(source, target, settings=list(settings), **chosen)
+    asked = {"operator": None, "layers": None, "optimizer_state": None, "seed": None}
+    request = read_request(
+        options.pop("config", None), settings=settings, **{k: options.pop(k, v) for k, v in asked.items()}
+    )
+    grow(str(source), str(target), request, **{"materialize": False, "dry_run": False, **options})
 
 
 def _refused(source: Path, target: Path, *settings: str, **options: Any) -> str:
@@ -142,22 +146,25 @@ def test_damaged_newer_checkpoints_of_a_run_are_passed_over_and_named(
 @pytest.mark.parametrize(
     ("settings", "layers", "words"),
     [
-        ([], None, "--set num_layers=24, or --layers"),
+        ([], None, "say what is to grow: --set num_layers=24"),
         (["num_layer=6"], None, "did you mean num_layers?"),
-        (["model.num_layers=6"], None, "did you mean num_layers?"),
-        (["hidden_size=64"], None, "only the depth can be grown so far, allowed: num_layers"),
+        (["vocab_size=64"], None, "cannot set vocab_size; allowed: num_layers, hidden_size"),
         (["num_layers"], None, "write key=value"),
-        (["num_layers=six"], None, "'six' is not a number of layers; allowed: 1 to 4096"),
-        (["num_layers=-6"], None, "allowed: 1 to 4096"),
-        (["num_layers=0"], None, "allowed: 1 to 4096"),
-        (["num_layers=" + 5000 * "9"], None, "allowed: 1 to 4096"),
-        (["num_layers=6", "num_layers=9"], None, "more than once (6, 9)"),
-        (["num_layers=2"], None, "nearest possible: num_layers=3 for stacking. To drop layers, list those to keep, "),
-        (["num_layers=6"], "0,1,2", "gives 3 layers but --set says num_layers=6; leave num_layers out, set it to 3"),
+        (["num_layers=six"], None, "num_layers: Input should be a valid integer"),
+        (["num_layers=-6"], None, "should be greater than or equal to 1 (here -6)"),
+        (["num_layers=0"], None, "should be greater than or equal to 1 (here 0)"),
+        (["num_layers=" + 5000 * "9"], None, "is not a value"),
+        (["num_layers=6", "num_layers=9"], None, "more than once (6 and 9)"),
+        (["num_layers=2"], None, "to drop layers, list those to keep in growth.layers (--layers), as 0,1"),
+        (
+            ["num_layers=6"],
+            "0,1,2",
+            "gives 3 layers but the target model has 6; change the list, or set num_layers to 3",
+        ),
         ([], "0,1,3", "there is no layer 3; allowed: 0 to 2"),
         ([], "1-24*2", "there is no layer 4; allowed: 1 to 3"),
         ([], "1-*2", "a segment without layers"),
-        ([], "", "--layers"),
+        ([], "", "a segment without layers"),
     ],
 )
 def test_impossible_growths_name_what_is_possible(
@@ -208,7 +215,7 @@ def test_a_source_that_cannot_be_grown_is_refused(source: Path, tmp_path: Path, 
 
     assert "does not exist; give a checkpoint" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "manifest.json is missing" in refused(tmp_path / "empty")
+    assert "is neither a checkpoint or a run" in refused(tmp_path / "empty")
     data = source / "__0_1.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     assert "__0_1.distcp has" in refused(source)
@@ -225,9 +232,9 @@ def test_carry_needs_optimizer_state(tmp_path: Path) -> None:
 
 
 def test_a_wrong_policy_or_seed_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(GrowthError, match="allowed: reset, carry"):
+    with pytest.raises(GrowthError, match="'reset', 'carry' or 'asymmetric'"):
         _grow(source, tmp_path / "grown", "num_layers=6", optimizer_state="keep")
-    assert "allowed: 0 or more" in _refused(source, tmp_path / "grown", "num_layers=6", seed=-1)
+    assert "allowed: whole numbers from 0" in _refused(source, tmp_path / "grown", "num_layers=6", seed=-1)
 
 
 def _one_stage(growing_config: Path, name: str, **model: int) -> Path:
@@ -259,7 +266,7 @@ def test_a_one_stage_run_goes_on_from_a_checkpoint_grown_by_hand(growing_config:
     assert [outcome.code for outcome in outcomes] == [0] * 5, outcomes
     assert f"resuming from {seed} (step 3)" in outcomes[2].out
     assert "step_00000006 (step 6)" in outcomes[3].out  # given again, the run is found complete
-    assert "stack layers 2 -> 4" in outcomes[4].out
+    assert "stack: layers 2 -> 4" in outcomes[4].out
     lines = [json.loads(line) for line in (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     assert [(line["step"], line["stage_step"]) for line in trained] == [(4, 1), (5, 2), (6, 3)]

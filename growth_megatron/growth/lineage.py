@@ -1,0 +1,153 @@
+"""What a grown checkpoint says of itself: its manifest, its optimizer's step and groups, its byte objects.
+
+Owns: how these follow from the source's. Does not own: the tensors (``growth.view``), the writing (``growth.alias``,
+``checkpoint.writer``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.interchange import LocatedSource, fresh_objects
+from growth_megatron.checkpoint.manifest import GrowthRecord, Manifest, Multipliers, library_version
+from growth_megatron.checkpoint.optimizer_groups import fresh_common, regroup
+from growth_megatron.checkpoint.source import DistCheckpoint, read_common
+from growth_megatron.config.schema import ParallelConfig
+from growth_megatron.growth.rules import GrowthPlan, OptimizerState
+from growth_megatron.model.geometry import LAYER_PREFIX
+
+_LAYER_OBJECT = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
+_STACKED_OBJECT = re.compile(
+    r"(?P<key>decoder\.layers\..*)/shard_(?P<layer>\d+)(?P<offset>[.\d]*)_\d+(?P<shape>[.\d]*)"
+)
+
+
+def grown_manifest(
+    origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState, stage: int | None, config_hash: str | None
+) -> Manifest:
+    """The manifest of ``origin`` grown, complete but for its files.
+
+    Args:
+        stage: index of the stage that goes on from it; default: the one after the source's.
+        config_hash: of the configuration the growth is part of; default: the source's.
+    """
+    manifest = origin.manifest
+    identity = origin.source.identity if isinstance(origin.source, HuggingFaceCheckpoint) else ""
+    record = GrowthRecord(
+        operator=plan.operator,
+        options=dict(plan.options),
+        layers=plan.layers,
+        optimizer_state=policy,
+        step=manifest.step if manifest else 0,
+        source=str(origin.path),
+        source_manifest_sha256=manifest.sha256 if manifest else identity,
+        source_geometry=plan.source_geometry,
+        target_geometry=plan.target_geometry,
+        seed=plan.seed,
+        library_version=library_version(),
+    )
+    changes: dict[str, Any] = {
+        "library_version": record.library_version,
+        "stage": stage if stage is not None else manifest.stage + 1 if manifest else 0,
+        "stage_step": 0,
+        "geometry": plan.target_geometry,
+        "files": {},
+        "multipliers": grown_multipliers(manifest.multipliers if manifest else {}, plan, policy),
+    }
+    if manifest is not None:
+        changes |= {"config_hash": config_hash or manifest.config_hash, "lineage": (*manifest.lineage, record)}
+        return manifest.model_copy(update=changes)
+    return Manifest(
+        step=0,
+        consumed_samples=0,
+        consumed_tokens=0,
+        flops=0.0,
+        layout=ParallelConfig(),
+        world_size=1,
+        config_hash=config_hash,
+        lineage=(record,),
+        **changes,
+    )
+
+
+def grown_multipliers(
+    before: Mapping[str, Multipliers], plan: GrowthPlan, policy: OptimizerState
+) -> dict[str, Multipliers]:
+    """Those of the source times the plan's; a fresh optimizer has none."""
+    if policy == "reset":
+        return {}
+    product = {}
+    for key in {**before, **plan.multipliers}:
+        old, new = before.get(key, Multipliers()), plan.multipliers.get(key, Multipliers())
+        product[key] = Multipliers(
+            learning_rate=old.learning_rate * new.learning_rate,
+            weight_decay=old.weight_decay * new.weight_decay,
+            epsilon=old.epsilon * new.epsilon,
+        )
+    return product
+
+
+def grown_common(origin: LocatedSource, manifest: Manifest, policy: OptimizerState) -> dict[str, Any]:
+    """Content of ``common.pt``: the optimizer's step kept or zero, its groups those of the grown multipliers."""
+    common = fresh_common() if origin.manifest is None else read_common(origin.path)
+    if policy == "reset":
+        common = _with_step_zero(common)
+    if manifest.multipliers or (origin.manifest is not None and origin.manifest.multipliers):
+        return regroup(common, manifest.multipliers, manifest.geometry)
+    return dict(common)
+
+
+def grown_objects(origin: LocatedSource, layers: Sequence[int]) -> dict[str, bytes]:
+    """The byte objects of the grown model; a source without any gets megatron-core's empty ones, without which it does
+    not load."""
+    if not isinstance(origin.source, DistCheckpoint):
+        return fresh_objects(origin.geometry.model_copy(update={"num_layers": len(layers)}))
+    objects: dict[str, bytes] = {}
+    for key in origin.source.object_keys():
+        content = origin.source.read_object(key)
+        for name in object_targets(key, layers):
+            objects[_per_layer(name)] = content
+    return objects
+
+
+def _per_layer(name: str) -> str:
+    """The name of an object where tensors have one key per layer, as written ones do."""
+    match = None if _LAYER_OBJECT.fullmatch(name) else _STACKED_OBJECT.fullmatch(name)
+    if match is None:
+        return name
+    return f"{LAYER_PREFIX}{match['layer']}.{match['key'].removeprefix(LAYER_PREFIX)}/shard_0_1"
+
+
+def object_targets(key: str, layers: Sequence[int]) -> list[str]:
+    """Names under which a stored byte object goes on: once for every layer that comes from its layer."""
+    if match := _LAYER_OBJECT.fullmatch(key):
+        number = int(match["layer"])
+        return [f"{LAYER_PREFIX}{layer}.{match['name']}" for layer, of in enumerate(layers) if of == number]
+    if match := _STACKED_OBJECT.fullmatch(key):
+        number, rest = int(match["layer"]), f"{match['offset']}_{len(layers)}{match['shape']}"
+        return [f"{match['key']}/shard_{layer}{rest}" for layer, of in enumerate(layers) if of == number]
+    return [key]
+
+
+def job_fingerprint(manifest: Manifest) -> str:
+    """Identity of the growth that leads to ``manifest``: an unfinished attempt at the same one can be gone on with."""
+    fields = manifest.model_dump(mode="json", exclude={"files"})
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _with_step_zero(value: Any) -> Any:
+    """A copy of ``common.pt``'s content in which every optimizer parameter group stands before its first step."""
+    if isinstance(value, dict):
+        copy = {key: _with_step_zero(item) for key, item in value.items()}
+        for group in copy.get("param_groups") or ():
+            if isinstance(group, dict) and group.get("step") is not None:
+                group["step"] = group["step"] * 0  # keeps its type: int, float or tensor
+        return copy
+    if isinstance(value, list):
+        return [_with_step_zero(item) for item in value]
+    return value

@@ -1,0 +1,291 @@
+"""``growth-megatron verify``: files are whole, and a grown checkpoint is what its record says it is.
+
+Owns: the comparison of a grown checkpoint with its source seen through the recorded plan, bit by bit; the comparison of
+both functions where the plan keeps the function.
+Does not own: the state of the files (``checkpoint.describe``), the plan (``growth.plan``), the forward pass
+(``model.reference``).
+
+A checkpoint can be compared only as the growth left it: later ones have trained on. The source is the recorded one if
+its identity is still the recorded one, or else a checkpoint of its name beside the grown one (a run that was moved).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growth_megatron.checkpoint.describe import Check, Outcome, verify_files
+from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.huggingface_config import CONFIG_NAME
+from growth_megatron.checkpoint.interchange import LocatedSource
+from growth_megatron.checkpoint.manifest import GrowthRecord, Manifest, read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.source import (
+    MASTER_PREFIX,
+    DistCheckpoint,
+    Region,
+    TensorSource,
+    WithFreshOptimizer,
+    read_common,
+    split_state_key,
+    whole,
+)
+from growth_megatron.checkpoint.tensor_statistics import row_blocks
+from growth_megatron.errors import CheckpointError, GrowthMegatronError
+from growth_megatron.growth.lineage import grown_multipliers
+from growth_megatron.growth.plan import plan_of_record
+from growth_megatron.growth.rules import GrowthPlan, check_optimizer_state
+from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.reference import reference_logits
+
+TOLERANCE = 2e-6
+"""Allowed difference of the logits of source and target, relative to the largest."""
+
+Result = tuple[Outcome, str, Mapping[str, float]]
+
+_BATCH, _SEQUENCE = 2, 32
+_STRIPS = 4
+_BLOCK_ELEMENTS = 1 << 20
+_NAMED = 3
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def verify(path: Path, *, full: bool, as_json: bool) -> None:
+    """Check and print: a line for each check as it ends, or one JSON object.
+
+    Raises:
+        CheckpointError: something failed; after the last line.
+    """
+    checks: list[Check] = []
+    error: CheckpointError | None = None
+    try:
+        for check in verify_checkpoints(path, full):
+            checks.append(check)
+            if not as_json:
+                print(check.line, flush=True)
+    except CheckpointError as failure:
+        error = failure
+    if as_json:
+        answer = {"ok": error is None, "error": error and str(error), "checks": [check.as_dict() for check in checks]}
+        print(json.dumps(answer, indent=1))
+    if error is not None:
+        raise error
+
+
+def verify_checkpoints(path: Path, full: bool = False) -> Iterator[Check]:
+    """All checks of the checkpoint, or of each of the run's: its files, and its growth if it was grown.
+
+    ``full`` reads every file and compares every value; else sizes, and some rows of every tensor.
+
+    Raises, after the last check:
+        CheckpointError: something failed, or there is no checkpoint.
+        NothingValidError: the run has checkpoints and none of them is whole.
+    """
+    failed: list[Check] = []
+    for check in verify_files(path, full):
+        yield check
+        if check.outcome == "OK":
+            for grown in verify_growth(check.path, full):
+                yield grown
+                if grown.outcome == "FAILED":
+                    failed.append(grown)
+    if failed:
+        names = ", ".join(f"{check.path.name} ({check.subject})" for check in failed)
+        raise CheckpointError(f"not what the recorded growth gives: {names}; grow again from the source")
+
+
+def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
+    """Checks of the newest growth of a whole checkpoint; none if it was not grown."""
+    manifest = read_manifest(checkpoint)
+    if not manifest.lineage:
+        return
+    record = manifest.lineage[-1]
+
+    def check(subject: str, outcome: Outcome, text: str, **figures: float) -> Check:
+        return Check(checkpoint, subject, outcome, text, figures)
+
+    if manifest.stage_step or manifest.step != record.step:
+        text = f"trained on since its growth at step {record.step:,}; only a checkpoint as grown can be compared"
+        yield check("growth", "SKIPPED", text)
+        return
+    try:
+        plan = _plan(record, manifest)
+    except (GrowthMegatronError, ValueError) as error:  # pydantic's errors are ValueErrors
+        yield check("plan", "FAILED", f"the recorded growth cannot be planned again: {_one_line(error)}")
+        return
+    origin = _recorded_source(checkpoint, record)
+    if isinstance(origin, str):
+        yield check("growth", "SKIPPED", f"tensors were not compared with the plan's: {origin}")
+        return
+    yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}")
+    target = DistCheckpoint(checkpoint)
+    for subject, compare in (
+        ("tensors", lambda: _compare_tensors(origin.source, target, plan, record.optimizer_state, full)),
+        ("optimizer", lambda: _compare_optimizer(origin, target, manifest, plan)),
+        ("logits", lambda: _compare_logits(origin.source, target, plan)),
+    ):
+        try:
+            outcome, text, figures = compare()
+        except GrowthMegatronError as error:  # tensors that cannot be read, or are not those of the model
+            outcome, text, figures = "FAILED", str(error), {}
+        yield check(subject, outcome, text, **figures)
+
+
+def _plan(record: GrowthRecord, manifest: Manifest) -> GrowthPlan:
+    if manifest.geometry != record.target_geometry:
+        raise CheckpointError("the manifest's geometry is not the one that its newest growth led to")
+    return plan_of_record(record)
+
+
+def _recorded_source(checkpoint: Path, record: GrowthRecord) -> LocatedSource | str:
+    """The source of a growth, or why it cannot be had."""
+    recorded = Path(record.source)
+    reasons = []
+    for path in dict.fromkeys((recorded, checkpoint.resolve().parent / recorded.name)):
+        try:
+            origin, identity = _open_source(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        if identity == record.source_manifest_sha256:
+            return origin
+        reasons.append(f"{path} is another checkpoint now than it was at the growth")
+    return reasons[0]
+
+
+def _open_source(path: Path) -> tuple[LocatedSource, str]:
+    """A source and its identity. Raises CheckpointError if it is gone or damaged."""
+    if not path.is_dir():
+        raise CheckpointError(f"the source {path} is no longer there")
+    if (path / CONFIG_NAME).is_file():
+        folder = HuggingFaceCheckpoint(path)
+        return LocatedSource(path, folder, folder.geometry), folder.identity
+    if (reason := validate_checkpoint(path)) is not None:
+        raise CheckpointError(f"the source {path} is damaged: {reason}")
+    manifest = read_manifest(path)
+    return LocatedSource(path, DistCheckpoint(path), manifest.geometry, manifest), manifest.sha256
+
+
+def _compare_tensors(source: TensorSource, target: DistCheckpoint, plan: GrowthPlan, policy: str, full: bool) -> Result:
+    """Every tensor of the plan against the stored one, bit by bit."""
+    if _has_state(target) and not _has_state(source):
+        source = WithFreshOptimizer(source)
+    grown = GrownSource(source, plan, policy)
+    stored, expected = set(target.keys()), grown.keys()
+    wrong = [f"{key} is missing" for key in expected if key not in stored]
+    wrong += [f"{key} is not of this model" for key in sorted(stored.difference(expected))]
+    for key in expected:
+        if key in stored and (difference := _first_difference(target, grown, key, full)):
+            wrong.append(difference)
+    if wrong:
+        rest = f" (and {len(wrong) - _NAMED} more)" if len(wrong) > _NAMED else ""
+        count = f"{len(wrong)} of {len(expected)} tensors are not what the plan gives"
+        return "FAILED", f"{count}: {'; '.join(wrong[:_NAMED])}{rest}", {"wrong_tensors": len(wrong)}
+    states = len([key for key in expected if split_state_key(key)[0]])
+    what = "every value" if full else f"some rows of each ({_STRIPS + 2} at most; all with --full)"
+    text = f"{len(expected) - states} weights and {states} tensors of optimizer state equal the plan's: {what}"
+    return "OK", text, {"wrong_tensors": 0}
+
+
+def _first_difference(target: TensorSource, grown: TensorSource, key: str, full: bool) -> str | None:
+    """Where the first value of a tensor that is not the plan's lies, and both values."""
+    spec, planned = target.spec(key), grown.spec(key)
+    if spec != planned:
+        return f"{key} is {spec.shape} in {spec.dtype}, the plan gives {planned.shape} in {planned.dtype}"
+    regions = row_blocks(spec.shape, _BLOCK_ELEMENTS) if full else _sampled_rows(key, spec.shape)
+    for region in regions:
+        here, there = target.read(key, region), grown.read(key, region)
+        bits = _BITS[spec.dtype.itemsize]
+        different = here.contiguous().view(bits) != there.contiguous().view(bits)
+        if different.any():
+            place = tuple(different.nonzero()[0].tolist())
+            position = [start + part.start for start, part in zip(place, region, strict=True)]
+            return f"{key}{position} is {here[place]:.9g}, the plan gives {there[place]:.9g}"
+    return None
+
+
+def _sampled_rows(key: str, shape: tuple[int, ...]) -> Iterator[Region]:
+    """First, last and one row out of each quarter, the same at every call; a vector is taken whole."""
+    if len(shape) < 2 or shape[0] <= _STRIPS + 2:
+        yield whole(shape)
+        return
+    digest = hashlib.sha256(key.encode()).digest()
+    chosen = {0, shape[0] - 1}
+    for strip in range(_STRIPS):
+        start, stop = strip * shape[0] // _STRIPS, (strip + 1) * shape[0] // _STRIPS
+        chosen.add(start + int.from_bytes(digest[4 * strip : 4 * strip + 4], "big") % (stop - start))
+    for row in sorted(chosen):
+        yield (slice(row, row + 1), *whole(shape[1:]))
+
+
+def _compare_optimizer(origin: LocatedSource, target: DistCheckpoint, manifest: Manifest, plan: GrowthPlan) -> Result:
+    """What the optimizer goes on with beside its tensors: Adam's step, and the multipliers of its settings."""
+    policy = check_optimizer_state(manifest.lineage[-1].optimizer_state)
+    if not _has_state(target):
+        return "SKIPPED", "the checkpoint has no optimizer state", {}
+    before = {} if origin.manifest is None else origin.manifest.multipliers
+    if manifest.multipliers != grown_multipliers(before, plan, policy):
+        return "FAILED", "the multipliers of learning rate, weight decay and epsilon are not the plan's", {}
+    carried = policy != "reset" and origin.manifest is not None
+    wanted = set(_steps(read_common(origin.path))) if carried else {0.0}
+    found = set(_steps(read_common(target.path)))
+    shown = ", ".join(f"{step:g}" for step in sorted(found)) or "not stored"
+    if found != wanted:
+        return "FAILED", f"step {shown}, but {policy} gives {', '.join(f'{step:g}' for step in sorted(wanted))}", {}
+    return "OK", f"step {shown} and {len(manifest.multipliers)} multipliers, as {policy} gives", {}
+
+
+def _steps(common: Any) -> Iterator[float]:
+    """``step`` of every parameter group in ``common.pt``'s content."""
+    if isinstance(common, dict):
+        for group in common.get("param_groups") or ():
+            if "step" in group:
+                yield float(group["step"])
+        common = [value for key, value in common.items() if key != "param_groups"]
+    if isinstance(common, list):
+        for item in common:
+            yield from _steps(item)
+
+
+def _compare_logits(source: TensorSource, target: DistCheckpoint, plan: GrowthPlan) -> Result:
+    """Both functions on the same tokens, if the plan keeps the function.
+
+    In float32 the rounding of the arithmetic itself grows with the model; where that is too much, float64 decides.
+    """
+    if not plan.function_preserving:
+        return "SKIPPED", f"{plan.operator} does not keep the function", {}
+    if not _has_wide_weights(target):
+        return "SKIPPED", "weights are rounded and without float32 masters, so the function is kept only roughly", {}
+    figures: dict[str, float] = {"relative_difference": _logit_difference(source, target, plan, torch.float32)}
+    text = f"differ from the source's by {figures['relative_difference']:.2g} in float32"
+    if not figures["relative_difference"] <= TOLERANCE:
+        figures["relative_difference_float64"] = _logit_difference(source, target, plan, torch.float64)
+        text += f", by {figures['relative_difference_float64']:.2g} in float64"
+    text += f", relative to the largest, over {_BATCH} x {_SEQUENCE} tokens; allowed {TOLERANCE:g}"
+    return ("OK" if min(figures.values()) <= TOLERANCE else "FAILED"), text, figures
+
+
+def _has_state(source: TensorSource) -> bool:
+    return any(split_state_key(key)[0] for key in source.keys())
+
+
+def _has_wide_weights(source: TensorSource) -> bool:
+    keys = source.keys()
+    return any(key.startswith(MASTER_PREFIX) for key in keys) or all(source.spec(k).dtype.itemsize >= 4 for k in keys)
+
+
+def _logit_difference(source: TensorSource, target: TensorSource, plan: GrowthPlan, dtype: torch.dtype) -> float:
+    """Largest difference of the logits over the largest logit; infinite or NaN logits give NaN."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(plan.source_geometry.vocab_size, (_BATCH, _SEQUENCE), generator=generator)  # [b, s]
+    before = reference_logits(source, plan.source_geometry, tokens, dtype)
+    after = reference_logits(target, plan.target_geometry, tokens, dtype)
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
