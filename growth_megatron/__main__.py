@@ -8,6 +8,7 @@ Imports of the libraries behind a subcommand are made when it runs: ``plan`` and
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -24,10 +25,7 @@ Commands = Any  # what add_subparsers returns; argparse keeps its class to itsel
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code (``growth_megatron.errors``)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:2] == ["plan", "grow"]:  # argparse knows no subcommand of two words
-        given[:2] = ["plan grow"]
-    options = _parser().parse_args(given)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     # What megatron-core lacks on this machine is known and handled; it says so once per import.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
@@ -42,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise  # not a reader that has gone, but a process that it needs
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the interpreter flush to it
         return EXIT_OK
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """``plan grow`` as one word: argparse knows no subcommand of two."""
+    return ["plan grow", *arguments[2:]] if arguments[:2] == ["plan", "grow"] else arguments
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -76,6 +79,8 @@ def _grow(options: argparse.Namespace) -> int:
 
 
 def _plan_grow(options: argparse.Namespace) -> int:
+    # Hundreds of thousands of small values and no cycles: looking for some would take longer than the plan.
+    gc.disable()
     from growth_megatron.growth.command import plan_grow
 
     plan_grow(options.source, options.target, _request(options), materialize=options.materialize, as_json=options.json)

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
-from growth_megatron.__main__ import _parser, main
+from growth_megatron.__main__ import _joined, _parser, main
 from growth_megatron.errors import EXIT_NOTHING_VALID, EXIT_OK, EXIT_USAGE
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint
 from tests.command_line import Outcome, run_command, run_commands
 from tests.ranks import ROOT, environment
 
-SUBCOMMANDS = ("train", "plan", "report", "grow", "inspect", "verify", "train-tokenizer", "prepare-data")
+SUBCOMMANDS = (
+    *("train", "plan", "report", "grow", "plan grow", "inspect", "verify"),
+    *("import-hf", "export-hf", "train-tokenizer", "prepare-data"),
+)
 
 Content = dict[str, Any]
 Run = Callable[..., Outcome]
@@ -58,7 +61,7 @@ def test_help_has_examples_that_parse(run: Run, command: str) -> None:
     examples = [line.strip() for line in outcome.out.split("examples:\n")[1].splitlines()]
     assert examples
     for example in examples:
-        arguments = shlex.split(example.split("growth-megatron ")[-1].split("-m growth_megatron ")[-1])
+        arguments = _joined(shlex.split(example.split("growth-megatron ")[-1].split("-m growth_megatron ")[-1]))
         assert arguments[0] == command
         _parser().parse_args(arguments)
 
@@ -215,7 +218,7 @@ def test_only_rank_zero_tells(run: Run, growing_config: Path, monkeypatch: pytes
 def test_plan_needs_no_torch(growing_config: Path) -> None:
     script = (
         "import sys\n"
-        "from growth_megatron.__main__ import _parser, main\n"
+        "from growth_megatron.__main__ import main\n"
         f"code = main(['plan', {str(growing_config)!r}, '--json'])\n"
         "print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules], file=sys.stderr)\n"
         "sys.exit(code)\n"

@@ -20,7 +20,7 @@ import pickle
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,13 @@ class ParallelWriter(StorageWriter):
         except BaseException as error:
             self._stop.set()
             if not isinstance(error, StoppedError):
-                (self._folder / UNFINISHED_FOLDER / _ABORTED).touch()
+                with suppress(OSError):  # on a full disk the first error is the one to show
+                    (self._folder / UNFINISHED_FOLDER / _ABORTED).touch()
             raise
         finally:
             if file is not None:
-                file.close()
+                with suppress(OSError):
+                    file.close()
         return results
 
     def _check_stopped(self) -> None:

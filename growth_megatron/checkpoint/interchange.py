@@ -172,6 +172,7 @@ def export_hf(
     print(f"source     {located.path}\n           {model_line(located.geometry)}", flush=True)
     if tokenizer is None:
         tokenizer, note = tokenizer_of(located)
+        note += "; give --tokenizer" if tokenizer is None else ""
     elif not tokenizer.exists():
         raise CheckpointError(f"--tokenizer {tokenizer} does not exist; correct the path")
     else:
@@ -203,14 +204,14 @@ def tokenizer_of(located: LocatedSource) -> tuple[Path | None, str]:
         return located.path, "as in the source"
     path = located.path / "config.yaml"
     if not path.is_file():
-        return None, "none: the checkpoint has no config.yaml that names one; give --tokenizer"
+        return None, "none: the checkpoint has no config.yaml that names one"
     try:
         tokenizer = Path(load_config(path).config.data.tokenizer)
         if not tokenizer.is_file():
-            return None, f"none: {tokenizer}, named in {path}, is not there; give --tokenizer"
+            return None, f"none: {tokenizer}, named in {path}, is not there"
         trained_with = (located.manifest.data_fingerprint or {}).get("tokenizer_sha256")
         if trained_with not in (None, tokenizer_sha256(tokenizer)):
-            return None, f"none: {tokenizer} is another file than the run was trained with; give --tokenizer"
+            return None, f"none: {tokenizer} is another file than the run was trained with"
         tokenizer_files(tokenizer, located.geometry)
     except GrowthMegatronError as error:
         return None, f"none: {error}"

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from growth_megatron.checkpoint.stored_chunk import FileSlice, NotPlainError, locate_tensor, read_element, read_region
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.geometry import LAYER_PREFIX
+from growth_megatron.model.geometry import TensorSpec as TensorSpec
 
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -72,14 +73,6 @@ _METADATA_CLASSES = {
 _LOCATIONS_KEPT = 4096
 _LATEST_ELEMENTS = 1 << 23
 _LAYER_KEY = re.compile(r"decoder\.layers\.\d+\.")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Global shape and element type of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class TensorSource(Protocol):

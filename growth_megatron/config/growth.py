@@ -28,6 +28,9 @@ WIDTH_FIELDS = {
 }
 """Key of the configuration -> attribute with its default filled in."""
 
+MAX_WIDTH = 1 << 20
+"""Largest size along the width that is accepted; it only guards against a mistyped one filling the memory."""
+
 GEOMETRY_FIELDS = {"num_layers": "num_layers", **WIDTH_FIELDS}
 _KEPT = {"vocab_size": "vocab_size", "vocab_multiple": "padded_vocab_size", "rope_base": "rope_base"}
 
@@ -52,13 +55,18 @@ def growth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
             for key, (before, _) in changes.items()
         ]
         return problems
-    shrinking = [
+    impossible = [
         (f"model.{key}", f"{after} is less than the source's {before}; a growth keeps or raises it")
         for key, (before, after) in changes.items()
         if after < before and key != "num_query_groups"
     ]
-    if shrinking:
-        return [*problems, *shrinking]
+    impossible += [
+        (f"model.{key}", f"{after} is more than {MAX_WIDTH}, the largest that is planned for; correct it")
+        for key, (_, after) in changes.items()
+        if after > MAX_WIDTH
+    ]
+    if impossible:
+        return [*problems, *impossible]
     problems += _head_problems(source, target, growth)
     if operator == "hypercloning":
         problems += list(_tiling_problems(changes))

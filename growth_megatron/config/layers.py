@@ -151,6 +151,8 @@ def _check_growing(operator: str, source_layers: int, target_layers: int) -> Non
             f"cannot {operator} {source_layers} layers to {target_layers}; "
             f"the target needs at least as many layers as the source, and both at least 1"
         )
+    if target_layers > MAX_LAYERS:
+        raise ConfigError(f"cannot {operator} to {target_layers} layers; at most {MAX_LAYERS} are possible")
 
 
 def _parse_segment(notation: str, segment: str, column: int, source_layers: int) -> list[int]:

@@ -22,9 +22,15 @@ from growth_megatron.config.cost import (
     parameter_count,
     rank_memory,
 )
+from growth_megatron.config.growth import GEOMETRY_FIELDS
 from growth_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig, RunConfig
 
 __all__ = ["RunPlan", "StagePlan", "flops_per_token", "parameter_count", "plan_run", "plan_to_dict"]
+
+_GROWING = {**GEOMETRY_FIELDS, "norm_epsilon": "norm_epsilon", "tie_embeddings": "tie_embeddings"}
+"""What a growth may change: key of the configuration -> attribute with its default filled in."""
+
+_SHOWN_OTHERWISE = {"operator", "layers", "optimizer_state", "schedule"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,15 @@ def _growth(config: RunConfig, index: int) -> str | None:
         return None
     source, stage = config.stages[index - 1], config.stages[index]
     growth = stage.growth or GrowthConfig()
-    rule = "an explicit layer list" if growth.layers is not None else growth.operator
-    depth = f"{source.model.num_layers} to {stage.model.num_layers} layers"
-    return f"{rule} from {source.name}, {depth}, optimizer state {growth.state_policy}"
+    listed = " by an explicit layer list" if growth.layers is not None else ""
+    pairs = [(key, getattr(source.model, name), getattr(stage.model, name)) for key, name in _GROWING.items()]
+    changes = [f"{key} {_shown(before)} -> {_shown(after)}" for key, before, after in pairs if before != after]
+    options = growth.model_dump(exclude=_SHOWN_OTHERWISE, exclude_defaults=True)
+    notes = [f"optimizer state {growth.state_policy}", *(f"{key} {_shown(value)}" for key, value in options.items())]
+    what = ", ".join(changes) or "the same geometry"
+    return f"{growth.operator}{listed} from {source.name}: {what}; {', '.join(notes)}"
+
+
+def _shown(value: object) -> str:
+    """As YAML has it."""
+    return str(value).lower()

@@ -42,13 +42,15 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool,
         CheckpointError: the source is not whole, the target exists or cannot be written.
     """
     origin = locate_source(source)
-    plan, policy = _plan(origin, request)
-    to_huggingface = target.startswith(HUGGINGFACE_PREFIX)
+    weights_only = target.startswith(HUGGINGFACE_PREFIX)
+    plan, policy = _plan(origin, request, weights_only)
     folder = Path(target.removeprefix(HUGGINGFACE_PREFIX))
+    first = os.environ.get("RANK", "0") == "0"
+    if weights_only and not first:
+        return  # one rank writes a Hugging Face folder
     _check_target(origin.path, folder)
     check_origin(origin, plan, policy)
-    figures = forecast(origin, plan, policy, folder, materialize or to_huggingface)
-    first = os.environ.get("RANK", "0") == "0"
+    figures = forecast(origin, plan, policy, folder, materialize=materialize, weights_only=weights_only)
     if first:
         lines = [f"passed over: {item.path}: {item.reason}" for item in origin.skipped]
         print("\n".join([*lines, *render_forecast(figures, plan)]), flush=True)
@@ -57,7 +59,7 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool,
             print("dry run: nothing was written")
         return
     try:
-        if to_huggingface:
+        if weights_only:
             _to_huggingface(origin, folder, plan)
             return
         with _process_group(), bytes_progress(f"growing {folder.name}") as progress:
@@ -82,20 +84,23 @@ def plan_grow(source: str, target: str | None, request: GrowthRequest, *, materi
     Raises: as ``grow``.
     """
     origin = locate_source(source, metadata_alone=True)
-    plan, policy = _plan(origin, request)
+    weights_only = target is not None and target.startswith(HUGGINGFACE_PREFIX)
+    plan, policy = _plan(origin, request, weights_only)
     folder = Path(target.removeprefix(HUGGINGFACE_PREFIX)) if target is not None else None
     if folder is not None:
         _check_target(origin.path, folder)
-    figures = forecast(origin, plan, policy, folder, materialize)
+    figures = forecast(origin, plan, policy, folder, materialize=materialize, weights_only=weights_only)
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
         print("\n".join([*render_forecast(figures, plan), "", *render_map(figures)]))
 
 
-def _plan(origin: LocatedSource, request: GrowthRequest) -> tuple[GrowthPlan, OptimizerState]:
+def _plan(origin: LocatedSource, request: GrowthRequest, weights_only: bool) -> tuple[GrowthPlan, OptimizerState]:
     target, growth = request.resolve(origin.geometry)
-    policy = check_optimizer_state(growth.state_policy)
+    if weights_only and growth.optimizer_state not in (None, "reset"):
+        raise GrowthError(f"optimizer_state {growth.optimizer_state}, but a Hugging Face folder holds weights alone")
+    policy = "reset" if weights_only else check_optimizer_state(growth.state_policy)
     if policy != "reset" and origin.manifest is None:
         raise GrowthError(f"optimizer_state {policy}, but {origin.path} holds weights alone; use reset")
     return plan_growth(origin.geometry, target, growth, request.seed), policy

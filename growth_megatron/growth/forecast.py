@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,21 @@ _POLICY_WORDS = {
 
 
 def forecast(
-    origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState, target: Path | None, materialize: bool
+    origin: LocatedSource,
+    plan: GrowthPlan,
+    policy: OptimizerState,
+    target: Path | None,
+    *,
+    materialize: bool,
+    weights_only: bool,
 ) -> dict[str, Any]:
-    """All that is known of a growth beforehand, as JSON-able data; bytes and counts are plain numbers."""
+    """All that is known of a growth beforehand, as JSON-able data; bytes and counts are plain numbers.
+
+    With ``weights_only`` the target is a Hugging Face folder, without any optimizer state.
+    """
     before, after = parameter_count(plan.source_geometry), parameter_count(plan.target_geometry)
-    links = _links(origin, plan, materialize)
-    costs = _linked_costs(origin, plan, policy) if links else _written_costs(origin, plan, policy)
+    links = not weights_only and _links(origin, plan, materialize)
+    costs = _linked_costs(origin, plan, policy) if links else _written_costs(origin, plan, policy, weights_only)
     free = shutil.disk_usage(existing_parent(target)).free if target is not None else None
     return {
         "source": str(origin.path),
@@ -56,7 +66,7 @@ def forecast(
         "layers": list(plan.layers or ()),
         "connection_rate": connection_rate(plan.layers or ()),
         "function_preserving": plan.function_preserving,
-        "optimizer_state": policy,
+        "optimizer_state": None if weights_only else policy,
         "multipliers": {key: value.model_dump() for key, value in plan.multipliers.items()},
         "executor": "link" if links else "write",
         **costs,
@@ -75,9 +85,9 @@ def tensor_map(plan: GrowthPlan) -> list[dict[str, Any]]:
     for rule in plan.rules:
         target = without_layer_number(rule.target)
         source = without_layer_number(rule.source) if rule.source else None
-        line = lines.setdefault(
-            (target, source, rule.state, rule.fill),
-            {
+        alike = target, source, rule.state, rule.fill
+        if alike not in lines:
+            lines[alike] = {
                 "target": target,
                 "source": source,
                 "count": 0,
@@ -85,9 +95,8 @@ def tensor_map(plan: GrowthPlan) -> list[dict[str, Any]]:
                 "source_shape": list(rule.source_shape) if rule.source else None,
                 "shape": list(rule.shape),
                 "rule": describe_rule(rule),
-            },
-        )
-        line["count"] += 1
+            }
+        lines[alike]["count"] += 1
     return list(lines.values())
 
 
@@ -107,7 +116,7 @@ def _describe_axis(axis: AxisRule) -> str:
     parts = []
     if axis.index is not None:
         present = [entry for entry in axis.index if entry >= 0]
-        counts = sorted({present.count(entry) for entry in set(present[:64])}) if present else [0]
+        counts = sorted(set(Counter(present).values())) or [0]
         words = [f"each {counts[0]} to {counts[-1]} times" if len(counts) > 1 else f"each {counts[0]} times"]
         if counts == [1]:
             words = [f"{len(present)} kept"]
@@ -137,7 +146,7 @@ def render_forecast(figures: dict[str, Any], plan: GrowthPlan) -> list[str]:
         f"layers           {compact_layers(plan.layers or ())} (source layers from 0, in the target's order)",
         f"connection rate  {100 * figures['connection_rate']:.1f} % of neighbouring layers were neighbours before",
         f"function         {'kept: the logits stay what they were' if plan.function_preserving else 'changed'}",
-        f"optimizer state  {_POLICY_WORDS[figures['optimizer_state']]}",
+        f"optimizer state  {_POLICY_WORDS.get(figures['optimizer_state'], 'none in a Hugging Face folder')}",
     ]
     if plan.multipliers:
         lines.append(f"multipliers      {describe_multipliers(plan.multipliers)}")
@@ -205,9 +214,13 @@ def _linked_costs(origin: LocatedSource, plan: GrowthPlan, policy: OptimizerStat
     }
 
 
-def _written_costs(origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState) -> dict[str, int]:
+def _written_costs(
+    origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState, weights_only: bool
+) -> dict[str, int]:
     source = with_optimizer(origin)
     dtypes = {split_state_key(key)[0]: source.spec(key).dtype for key in source.keys()}
+    if weights_only:
+        dtypes = {"": dtypes[""]}
     read = written = 0
     for rule in plan.rules:
         target_numel, source_numel = math.prod(rule.shape), math.prod(rule.source_shape)

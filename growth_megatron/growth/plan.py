@@ -226,8 +226,8 @@ def _pattern(key: str) -> str:
 
 def inexact_multipliers(plan: GrowthPlan) -> list[str]:
     """Tensors (layer number ``*``) for which no one learning rate follows the source run."""
-    found = {_pattern(rule.target) for rule in plan.rules if rule.source and _uniform(rule, "scale") is None}
-    return sorted(found)
+    first = {_pattern(rule.target): rule for rule in reversed(plan.rules) if rule.source}
+    return sorted(key for key, rule in first.items() if _uniform(rule, "scale") is None)
 
 
 def _silent_layers(operator: str | None, new_layers: bool) -> list[str]:

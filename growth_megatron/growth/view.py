@@ -194,8 +194,10 @@ def _add_noise(value: torch.Tensor, rule: TensorRule, noise: Noise, seed: int, r
         index = rule.axes[1].index_tensor
         assert index is not None
         size = rule.axes[1].size
-        mean = drawn.new_zeros(len(drawn), size).index_add_(1, index, drawn) / torch.bincount(index, minlength=size)
-        drawn -= mean.index_select(1, index)
+        copies = torch.bincount(index, minlength=size)
+        drawn -= (drawn.new_zeros(len(drawn), size).index_add_(1, index, drawn) / copies).index_select(1, index)
+        # Less their mean, k numbers have (k - 1) / k of the variance; a single one is left with none.
+        drawn *= (copies / (copies - 1).clamp(min=1)).sqrt()[index]
     if noise.mix:
         value.mul_(1 - noise.mix)
     value.add_(drawn[:, columns], alpha=noise.deviation)

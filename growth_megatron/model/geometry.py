@@ -9,9 +9,23 @@ Does not own: their values (``model.init``), how they are sharded (megatron-core
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from growth_megatron.config.schema import ModelConfig
 
+if TYPE_CHECKING:
+    import torch
+
 LAYER_PREFIX = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Global shape and element type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def layer_tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.geometry import TensorSpec, tensor_shapes
 from growth_megatron.parallel.counter_rng import normal_rows
 
 
@@ -31,8 +31,8 @@ class InitSource:
     def keys(self) -> list[str]:
         return list(self._shapes)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes[key]
+    def spec(self, key: str) -> TensorSpec:
+        return TensorSpec(self._shapes[key], torch.float32)
 
     def read(self, key: str, region: tuple[slice, ...]) -> torch.Tensor:
         """The values of one region (a slice with explicit bounds per axis), ``float32``."""

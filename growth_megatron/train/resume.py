@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from growth_megatron.checkpoint.manifest import Manifest, checksum_files
 from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.config.growth import GEOMETRY_FIELDS, growth_problems
 from growth_megatron.config.load import LoadedConfig, load_config
-from growth_megatron.config.schema import ModelConfig, RunConfig
+from growth_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
 from growth_megatron.parallel import process_groups
 
@@ -74,9 +75,13 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
     differing = geometry_differences(manifest.geometry, stage.model)
     if differing:
         remedy = "Give model: the checkpoint's values, or choose another run.directory"
-        if len(differing) == 1 and manifest.geometry.num_layers < stage.model.num_layers:
-            command = f"growth-megatron grow {path} TARGET --operator stack --set num_layers={stage.model.num_layers}"
-            remedy += f", or grow the checkpoint: {command}"
+        if not growth_problems(manifest.geometry, stage.model, GrowthConfig()):
+            settings = " ".join(
+                f"{key}={getattr(stage.model, attribute)}"
+                for key, attribute in GEOMETRY_FIELDS.items()
+                if getattr(stage.model, attribute) != getattr(manifest.geometry, attribute)
+            )
+            remedy += f", or grow the checkpoint: growth-megatron grow {path} TARGET --set {settings}"
         raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
 
 

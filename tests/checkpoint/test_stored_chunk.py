@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import pickle
 import zipfile
@@ -106,6 +107,19 @@ def test_any_region_of_any_layout_into_any_layout(
         patch.setattr(stored_chunk, "_LARGEST_GAP_BYTES", data.draw(st.sampled_from([0, 1 << 15])))
         read_region(path, locate_tensor(path, offset, length), tuple(region), out)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+def test_a_destination_of_another_layout_than_the_file_s_is_filled_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    tensor = LAYOUTS[layout](torch.float32)
+    path, offset, length = saved(tensor, tmp_path / "file")
+    monkeypatch.setattr(stored_chunk, "_SCRATCH_BYTES", 8)
+    for order in itertools.permutations(range(3)):
+        out = torch.full([tensor.shape[n] for n in order], -1.0).permute([order.index(n) for n in range(3)])
+        read_region(path, locate_tensor(path, offset, length), whole(tuple(tensor.shape)), out)
+        assert torch.equal(out, tensor), order
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
-"""write_checkpoint writes what the source says, as torch and this library read it, in bounded memory, or nothing at all."""
+"""write_checkpoint writes what its source says, as torch and megatron-core read it, in bounded memory, or nothing."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.model.geometry import tensor_shapes
 from tests.checkpoint.write_jobs import COMMON, ComputedSource, assert_holds, write
 from tests.checkpoint.written import extra_states, geometry, manifest_of, model_tensors, write_distributed
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, environment, run_ranks
 
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -172,13 +175,16 @@ def test_a_weight_s_rows_and_those_of_its_state_follow_each_other() -> None:
     for group in groups:
         assert [split_state_key(item.index.fqn)[0] for item in group] == list(STATE_PREFIXES)
         assert len({(split_state_key(i.index.fqn)[1], i.index.offset, tensor_of(i).chunk.sizes) for i in group}) == 1
-    write_order = ComputedSource(geometry(3))
-    wanted = [(item.index.fqn, item.index.offset[0]) for item in items]
-    assert len({start for _, start in wanted}) > 3
+    assert len({offset_of(item) for item in items}) > 3
 
 
 def tensor_of(item: Any) -> Any:
     return item.tensor_data
+
+
+def offset_of(item: Any) -> int:
+    """First row of a chunk."""
+    return int(item.index.offset[0])
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 200, 1 << 20])
@@ -261,7 +267,7 @@ def test_too_little_space_is_said_before_the_first_byte(tmp_path: Path, monkeypa
     # zeros that cost nothing are not counted
     weights = Held(model_tensors(geometry(2, hidden_size=64), optimizer=False))
     values = sum(tensor.numel() for tensor in weights.tensors.values())
-    monkeypatch.setattr(writer.shutil, "disk_usage", disk(6 * values + 2048 * 4 * len(weights.tensors)))
+    monkeypatch.setattr(writer.shutil, "disk_usage", disk(6 * values + 2048 * (4 * len(weights.tensors) + 4)))
     write(tmp_path / "b", WithFreshOptimizer(weights), chunk_bytes=1 << 20)
     with pytest.raises(CheckpointError, match="are free"):
         write(tmp_path / "c", ComputedSource(geometry(2, hidden_size=64)), chunk_bytes=1 << 20)
@@ -299,6 +305,22 @@ def test_a_write_that_fails_inside_torch_save_is_said(tmp_path: Path, monkeypatc
         write(tmp_path / "a")
 
 
+def test_a_real_write_error_is_said_and_hides_behind_no_other(tmp_path: Path) -> None:
+    """A limit on the size of files, in a process of its own: the flush fails, and so does the one on closing."""
+    code = (
+        "import resource; from pathlib import Path; from tests.checkpoint.write_jobs import write;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
+        f"write(Path({str(tmp_path / 'a')!r}), file_bytes=10**6)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert re.search(r"CheckpointError: cannot write .*\.distcp: File too large; what is complete is kept", last), last
+
+
 @pytest.mark.parametrize("error", [CheckpointError("the source is damaged"), ValueError("odd"), KeyboardInterrupt()])
 def test_an_error_of_the_source_ends_all_writers(tmp_path: Path, error: BaseException) -> None:
     source = ComputedSource(geometry(30), ("embedding.word_embeddings.weight", 0, error), pause_s=0.001)
@@ -333,7 +355,7 @@ class Large:
     """Weights and state of some large layers; nothing is held."""
 
     def __init__(self, layers: int) -> None:
-        shape, names = (1000, 2048), [f"decoder.layers.{layer}.mlp.linear_fc2.weight" for layer in range(layers)]
+        shape, names = (4096, 2048), [f"decoder.layers.{layer}.mlp.linear_fc2.weight" for layer in range(layers)]
         dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.float32)
         self.specs = {p + n: TensorSpec(shape, d) for p, d in zip(STATE_PREFIXES, dtypes, strict=True) for n in names}
 
@@ -368,66 +390,114 @@ def peak_of(action: Any) -> int:
     return peak[0]
 
 
+class Keeping(Large):
+    """A source that lets go of nothing it has given."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.kept: list[torch.Tensor] = []
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        self.kept.append(super().read(key, region))
+        return self.kept[-1]
+
+
 def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """From a checkpoint in chunks of 8 MiB (of 28 MiB per layer and state) to another; the bound is the issue's."""
-    options: dict[str, Any] = {"chunk_bytes": 1 << 23, "file_bytes": 1 << 25}
+    """One ceiling for any number of layers: two chunks of 16 MiB for each of two writers, below the issue's bound.
+
+    How much of it a run reaches is a matter of how its threads happen to meet, so two peaks are not compared.
+    """
+    chunk_bytes, writers = 1 << 24, 2
+    ceiling = 2 * chunk_bytes * writers
+    assert ceiling <= max(writers * (64 << 20), 2 * chunk_bytes)
+    options: dict[str, Any] = {"chunk_bytes": chunk_bytes, "file_bytes": 1 << 25, "writers": writers}
     write(tmp_path / "warm", Large(1), **options)
-    peaks = {}
-    for layers in (3, 6):
+    for layers in (1, 2):
         write(tmp_path / f"source{layers}", Large(layers), **options)
         source = DistCheckpoint(tmp_path / f"source{layers}")
-        peaks[layers] = peak_of(lambda: write(tmp_path / f"target{layers}", source, writers=2, **options))
-        assert (tmp_path / f"target{layers}").exists()
-    assert sum(path.stat().st_size for path in (tmp_path / "target6").iterdir()) > 150 << 20
-    assert peaks[6] <= max(2 * (64 << 20), 2 * (1 << 23)), peaks
-    assert peaks[6] <= peaks[3] + (1 << 23), peaks
-    held = peak_of(lambda: [tensor.clone() for tensor in [torch.ones(1 << 24)] * 3])
-    assert held > 190 << 20  # the measurement sees memory
+        peak = peak_of(functools.partial(write, tmp_path / f"target{layers}", source, **options))
+        assert peak <= ceiling, layers
+    assert sum(path.stat().st_size for path in (tmp_path / "target2").iterdir()) > 200 << 20
+    assert peak_of(functools.partial(write, tmp_path / "leak", Keeping(1), **options)) > ceiling
+
+
+FAILURES: dict[str, Any] = {
+    "nan": [1, list(tensor_shapes(geometry(3)))[-1], 0, "nan"],
+    "raise": [0, "embedding.word_embeddings.weight", 0, "raise"],
+}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Outcomes of two ranks that write a checkpoint, and that fail on either of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, run_ranks("tests.checkpoint.write_jobs:write_on_ranks", 2, {"folder": str(folder)})
+    cases: dict[str, Any] = {name: {"target": str(folder / name), "fault": fault} for name, fault in FAILURES.items()}
+    cases["good"] = {"target": str(folder / "good")}
+    return folder, run_ranks("tests.checkpoint.write_jobs:write_on_ranks", 2, {"cases": cases}, timeout_s=60)
 
 
 def test_two_ranks_write_what_one_writes(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    folder, (first, second) = two_ranks
-    assert_holds(folder / "target", ComputedSource(geometry(3)))
-    assert validate_checkpoint(folder / "target", full=True) is None
-    assert list(folder.iterdir()) == [folder / "target"]
+    folder, (first, second) = two_ranks[0] / "good", [outcomes["good"] for outcomes in two_ranks[1]]
+    assert_holds(folder, ComputedSource(geometry(3)))
+    assert validate_checkpoint(folder, full=True) is None
     write(tmp_path / "one")
-    one, two = DistCheckpoint(tmp_path / "one").metadata, DistCheckpoint(folder / "target").metadata
+    one, two = DistCheckpoint(tmp_path / "one").metadata, DistCheckpoint(folder).metadata
     assert one.state_dict_metadata == two.state_dict_metadata  # the same chunks
     assert one.storage_data.keys() == two.storage_data.keys()
-    assert first["manifest"] == second["manifest"] == read_manifest(folder / "target").sha256
-    assert first["written"] == second["written"] == sum(path.stat().st_size for path in (folder / "target").iterdir())
+    assert first["manifest"] == second["manifest"] == read_manifest(folder).sha256
+    assert first["written"] == second["written"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert not temporary_path(folder).exists()
 
 
 def test_each_rank_reads_its_own_half(two_ranks: tuple[Path, list[Any]]) -> None:
-    _, (first, second) = two_ranks
+    first, second = (outcomes["good"] for outcomes in two_ranks[1])
     reads = [{tuple(read) for read in rank["reads"]} for rank in (first, second)]
     assert not reads[0] & reads[1]
-    planned = {(i.index.fqn, i.index.offset[0]) for i in plan_items(ComputedSource(geometry(3)), {}, 200)}
-    assert reads[0] | reads[1] == planned
+    items = plan_items(ComputedSource(geometry(3)), {}, 200)
+    assert reads[0] | reads[1] == {(item.index.fqn, offset_of(item)) for item in items}
     assert 0.4 < first["last"][1] / (first["last"][1] + second["last"][1]) < 0.6
     assert all(rank["first"][0] == 0 and rank["last"][0] == rank["last"][1] for rank in (first, second))
 
 
-@pytest.mark.parametrize("what", ["nan", "raise"])
-def test_ranks_fail_alike_and_at_once(tmp_path: Path, what: str) -> None:
-    """The last tensor fails on rank 1, or the first on rank 0: the other rank hears of it."""
-    rank, key = (1, list(tensor_shapes(geometry(3)))[-1]) if what == "nan" else (0, "embedding.word_embeddings.weight")
-    started = time.monotonic()
-    first, second = run_ranks(
-        "tests.checkpoint.write_jobs:write_on_ranks", 2, {"folder": str(tmp_path), "fault": [rank, key, 0, what]}, 60
-    )
+@pytest.mark.parametrize("name", FAILURES)
+def test_ranks_fail_alike_and_the_others_stop(two_ranks: tuple[Path, list[Any]], name: str) -> None:
+    folder, outcomes = two_ranks
+    failing, key, _, _ = FAILURES[name]
+    first, second = (outcome[name] for outcome in outcomes)
     assert first["error"] == second["error"]
-    assert first["error"].startswith(f"GrowthError: {key} is nan at" if what == "nan" else "RuntimeError: writing the")
-    assert "no such luck" in first["error"] or what == "nan"
-    assert time.monotonic() - started < 50
-    assert not (tmp_path / "target").exists()
-    assert temporary_path(tmp_path / "target").exists() == (what == "raise")
+    if name == "nan":
+        assert first["error"].startswith(f"GrowthError: {key} is nan at (0, 0)")
+    else:
+        assert first["error"] == "RuntimeError: writing the checkpoint failed: RuntimeError: no such luck"
+        good = len(outcomes[1 - failing]["good"]["reads"])
+        assert len(outcomes[1 - failing][name]["reads"]) < 0.5 * good
+    assert not (folder / name).exists()
+    assert temporary_path(folder / name).exists() == (name == "raise")
+
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP1": {},
+    "TP2": {"tensor_parallel_size": 2},
+    "PP2": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run_ranks("tests.checkpoint.write_jobs:train_write_load", 2, {"folder": str(folder), "layouts": LAYOUTS}, 100)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_core_loads_it_bit_equal_at_every_layout(trained: Path, layout: str) -> None:
+    """``layout`` was saved from the live model right after it had loaded what the writer wrote on two ranks."""
+    source = DistCheckpoint(trained / "run" / "checkpoints" / "step_00000002")
+    again = DistCheckpoint(trained / layout)
+    assert set(again.keys()) == set(source.keys()) == set(DistCheckpoint(trained / "written").keys())
+    assert any(key.startswith(FIRST_MOMENT_PREFIX) and source.read(key).any() for key in source.keys())
+    for key in source.keys():
+        assert torch.equal(again.read(key), source.read(key)), key
 
 
 def test_written_helpers_and_the_writer_agree(tmp_path: Path) -> None:

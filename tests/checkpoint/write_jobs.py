@@ -1,4 +1,4 @@
-"""Sources and jobs for the tests of the checkpoint writer; also run on several ranks and in processes that are killed."""
+"""Sources and jobs of the checkpoint writer's tests, also for several ranks and for processes that are killed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.geometry import tensor_shapes
 from tests.checkpoint.written import PREFIXES, extra_states, geometry, manifest_of
 
+MEGATRON_MODEL = {"num_layers": 2}
 COMMON: dict[str, Any] = {"iteration": 100, "optimizer": {"param_groups": [{"step": 100.0}]}}
 
 
@@ -74,19 +75,27 @@ def write(target: Path, source: Any = None, model: ModelConfig | None = None, **
     )
 
 
-def write_on_ranks(folder: str, fault: list[Any] | None = None) -> dict[str, Any]:
-    """What came of writing ``folder/target`` on this rank; ``fault`` is (rank, key, row, value)."""
+def write_on_ranks(cases: dict[str, Any]) -> dict[str, Any]:
+    """What came of each case on this rank; a case is ``target`` and, if any, a ``fault`` (rank, key, row, what)."""
     import torch.distributed as dist
 
-    at = None
-    if fault is not None and fault[0] == dist.get_rank():
-        at = (fault[1], fault[2], RuntimeError("no such luck") if fault[3] == "raise" else float(fault[3]))
-    source = ComputedSource(geometry(3), at)
+    outcomes = {}
+    for name, case in cases.items():
+        rank, key, row, what = case.get("fault", (None,) * 4)
+        fault = (
+            (key, row, RuntimeError("no such luck") if what == "raise" else what) if rank == dist.get_rank() else None
+        )
+        source = ComputedSource(geometry(3), fault, pause_s=0.002)
+        outcomes[name] = _outcome(Path(case["target"]), source)
+    return outcomes
+
+
+def _outcome(target: Path, source: ComputedSource) -> dict[str, Any]:
     reported: list[tuple[int, int]] = []
     try:
-        result = write(Path(folder) / "target", source, progress=lambda done, in_all: reported.append((done, in_all)))
+        result = write(target, source, progress=lambda done, in_all: reported.append((done, in_all)))
     except (GrowthMegatronError, RuntimeError) as error:
-        return {"error": f"{type(error).__name__}: {error}", "reads": len(source.reads)}
+        return {"error": f"{type(error).__name__}: {error}", "reads": source.reads}
     return {
         "manifest": result.manifest.sha256,
         "written": result.bytes_written,
@@ -95,6 +104,34 @@ def write_on_ranks(folder: str, fault: list[Any] | None = None) -> dict[str, Any
         "first": reported[0],
         "last": reported[-1],
     }
+
+
+def train_write_load(folder: str, layouts: dict[str, Any]) -> None:
+    """Train at TP2, write the checkpoint again as ``folder/written``, load that at ``layouts`` and save it anew."""
+    from growth_megatron.checkpoint.manifest import read_manifest
+    from growth_megatron.checkpoint.source import read_common
+    from tests.workers import load_and_save_all, save_at
+
+    save_at({"tensor_parallel_size": 2}, f"{folder}/run", MEGATRON_MODEL, steps=2)
+    saved = Path(folder) / "run" / "checkpoints" / "step_00000002"
+    source = DistCheckpoint(saved)
+    write_checkpoint(
+        source,
+        Path(folder) / "written",
+        read_manifest(saved),
+        read_common(saved),
+        objects={key: source.read_object(key) for key in source.object_keys()},
+        fingerprint="again",
+        chunk_bytes=3000,
+        file_bytes=100_000,
+    )
+    written = f"{folder}/written"
+    load_and_save_all(
+        [
+            {"source": written, "target": f"{folder}/{name}", "layout": layout, "model": MEGATRON_MODEL}
+            for name, layout in layouts.items()
+        ]
+    )
 
 
 def main() -> None:

@@ -155,8 +155,47 @@ def test_totals_of_a_growing_run(write, valid):
     assert plan.flops == sum(flops_per_token(s.model) * 20 * 1024 for s in config.stages) == base.flops + grown.flops
     assert base.share + grown.share == pytest.approx(1)
     assert grown.flops_6nd == 6 * parameter_count(config.stages[1].model).total * 20 * 1024
-    assert grown.grown_by == "stack from base, 4 to 16 layers, optimizer state reset"
+    assert grown.grown_by == "stack from base: num_layers 4 -> 16; optimizer state reset"
     assert (base.world_size, base.micro_batches) == (1, 4)
+
+
+WIDER = "num_layers: 16\n      hidden_size: 128\n      num_attention_heads: 8\n      num_query_groups: 4"
+GROWTHS = {
+    "width and depth": (
+        WIDER, "{operator: identity+split, optimizer_state: carry, shares: uneven, cancelling_noise: 0.5}",
+        "identity+split from base: num_layers 4 -> 16, hidden_size 64 -> 128, num_attention_heads 4 -> 8, "
+        "num_query_groups 2 -> 4; optimizer state carry, shares uneven, cancelling_noise 0.5",
+    ),
+    "width alone": (
+        "hidden_size: 128", "{operator: split, optimizer_state: carry, multipliers: true}",
+        "split from base: hidden_size 64 -> 128, head_dim 16 -> 32; optimizer state carry, multipliers true",
+    ),
+    "default policy of an operator": (
+        "ffn_hidden_size: 320", "{operator: sparkling}",
+        "sparkling from base: ffn_hidden_size 160 -> 320; optimizer state asymmetric",
+    ),
+    "scaled epsilon": (
+        "hidden_size: 128\n      head_dim: 16\n      norm_epsilon: 5.0e-6", "{operator: zero}",
+        "zero from base: hidden_size 64 -> 128, norm_epsilon 1e-05 -> 5e-06; optimizer state reset",
+    ),
+    "layer list": (
+        "num_layers: 6", "{operator: stack, layers: [0, 1, 2, 3, 2, 3]}",
+        "stack by an explicit layer list from base: num_layers 4 -> 6; optimizer state reset",
+    ),
+    "nothing but noise": (
+        "num_layers: 4", "{operator: direct, noise: 0.1}",
+        "direct from base: the same geometry; optimizer state reset, noise 0.1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "growth", "words"), GROWTHS.values(), ids=GROWTHS)
+def test_the_operator_of_a_growth_and_what_it_changes(write, valid, model, growth, words):
+    text = valid.replace("num_layers: 16", model).replace("- name: grown", f"- name: grown\n    growth: {growth}")
+    plan = plan_run(load_config(write(text)).config)
+    assert plan.stages[1].grown_by == words
+    assert plan_to_dict(plan)["stages"][1]["grown_by"] == words
+    assert f"Grown by {words}." in " ".join(render_plan(plan).split())
 
 
 def test_world_size_of_a_plan(write, valid):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from growth_megatron.checkpoint.source import TensorSource, TensorSpec, whole
+from growth_megatron.checkpoint.source import FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX, TensorSource, TensorSpec, whole
 from growth_megatron.config.schema import GrowthConfig, ModelConfig
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan
@@ -27,6 +27,8 @@ EMBEDDING, FINAL_NORM, OUTPUT = (
     "output_layer.weight",
 )
 SEED = 5
+ALLOWED = {torch.float32: 2e-6, torch.float64: 1e-12}
+"""Of the logits, relative to the largest."""
 
 
 class Tensors:
@@ -103,6 +105,13 @@ def function_difference(plan: GrowthPlan, dtype: torch.dtype = torch.float64) ->
     return logit_difference(source, plan.source_geometry, grown, plan.target_geometry, dtype)
 
 
+def assert_same_function(plan: GrowthPlan) -> None:
+    assert plan.function_preserving
+    assert {rule.target: rule.shape for rule in plan.rules} == tensor_shapes(plan.target_geometry)
+    for dtype, allowed in ALLOWED.items():
+        assert function_difference(plan, dtype) < allowed
+
+
 def loss(source: TensorSource, model: ModelConfig, batch: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of the next tokens, in float64."""
     logits = reference_logits(source, model, batch[:, :-1], torch.float64)
@@ -140,3 +149,21 @@ def axis_of(plan: GrowthPlan, name: str, number: int) -> AxisRule:
 
 def grid(**choices: list[Any]) -> list[dict[str, Any]]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def a_batch(model: ModelConfig, seed: int = 3) -> torch.Tensor:
+    """``[6, 9]``, in which every token comes up as an input."""
+    generator = torch.Generator().manual_seed(seed)
+    every = torch.randperm(model.vocab_size, generator=generator)
+    more = torch.randint(0, model.vocab_size, (48 - len(every),), generator=generator)
+    last = torch.randint(0, model.vocab_size, (6, 1), generator=generator)
+    return torch.cat([torch.cat([every, more]).view(6, 8), last], dim=1)
+
+
+def with_moments(
+    weights: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
+) -> Tensors:
+    tensors = dict(weights)
+    tensors |= {FIRST_MOMENT_PREFIX + key: value for key, value in first.items()}
+    tensors |= {SECOND_MOMENT_PREFIX + key: value for key, value in second.items()}
+    return Tensors(tensors)

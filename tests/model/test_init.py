@@ -13,7 +13,7 @@ from tests.workers import SMALL
 
 
 def _whole(source: InitSource, key: str) -> torch.Tensor:
-    return source.read(key, tuple(slice(0, size) for size in source.shape(key)))
+    return source.read(key, tuple(slice(0, size) for size in source.spec(key).shape))
 
 
 def test_a_region_is_that_part_of_the_tensor() -> None:
