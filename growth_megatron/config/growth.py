@@ -49,7 +49,9 @@ def growth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
     problems = [*_kept_problems(source, target, growth), *_depth_problems(source, target, growth)]
     changes = width_changes(source, target)
     operator = growth.width_operator
-    if changes and operator is None:
+    if not changes:
+        return [*problems, *_idle_options(growth)]
+    if operator is None:
         problems += [
             (f"model.{key}", f"{growth.operator} changes num_layers alone, so keep {before}; or use direct")
             for key, (before, _) in changes.items()
@@ -89,6 +91,8 @@ def _kept_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfi
     for key, attribute in _KEPT.items():
         before, after = getattr(source, attribute), getattr(target, attribute)
         if before != after:
+            if key == "vocab_multiple" and source.vocab_size != target.vocab_size:
+                continue  # said already
             yield f"model.{key}", f"makes {attribute} {after}, the source has {before}; growth keeps it"
     if target.tie_embeddings and not source.tie_embeddings:
         text = "an untied output cannot be tied by growth, its weights would be lost; set it to false"
@@ -120,7 +124,8 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
         if growth.layers is not None:
             yield "growth.layers", str(error)
         elif after < before:
-            kept = ",".join(map(str, range(min(after, 4)))) + (",..." if after > 4 else "")
+            listed = ",".join(map(str, range(min(after, 4)))) + (",..." if after > 4 else "")
+            kept = listed if after > 1 else "1"  # a list of one has no comma, so it is the paper's notation
             text = f"{after} is less than the source's {before}; to drop layers, list those to keep in growth.layers"
             text += f" (--layers), as {kept}"
             yield "model.num_layers", text
@@ -133,6 +138,13 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
             f"{operator} keeps every source layer and adds new ones, but the list leaves out {missing}; name them too"
         )
         yield "growth.layers", text
+
+
+def _idle_options(growth: GrowthConfig) -> Iterator[Problem]:
+    """Options that part copies where there will be none: who gave them counts on it."""
+    for key, is_given in (("shares", growth.shares != "even"), ("cancelling_noise", growth.cancelling_noise > 0)):
+        if is_given:
+            yield f"growth.{key}", "parts copies along the width, and no size along it grows; remove it"
 
 
 def _head_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:

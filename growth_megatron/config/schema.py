@@ -296,7 +296,7 @@ class GrowthConfig(Section):
         for part in parts:
             if part not in known:
                 close = difflib.get_close_matches(part, known, 1, 0.6)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = f"; did you mean {close[0]}?" if close else "."
                 raise ValueError(f"{part!r} is no operator{hint} Allowed: {', '.join(known)}, or DEPTH+WIDTH")
         if len(parts) > 2 or (len(parts) == 2 and (parts[0] not in both | depth or parts[1] not in both | width)):
             raise ValueError(

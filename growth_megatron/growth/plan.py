@@ -54,6 +54,8 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
             origin = EMBEDDING if key == OUTPUT and source.tie_embeddings else key
             rules.append(TensorRule(key, axes[key], origin))
     noisy = tuple(_with_noise(rule, target, growth) for rule in rules)
+    if growth.cancelling_noise and not any(rule.noise for rule in noisy):
+        raise GrowthError("cancelling_noise: no input is copied, so there is nothing to cancel over; remove it")
     new_layers = operator in _NEW_LAYERS and len(set(layers)) < len(layers)
     wider = bool(width_changes(source, target))
     return GrowthPlan(
@@ -62,7 +64,7 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
         target_geometry=target,
         rules=noisy,
         layers=layers,
-        options=_options(growth, wider),
+        options=_options(growth),
         seed=seed,
         function_preserving=_preserves(growth, layers, source.num_layers, wider),
         multipliers=_multipliers(noisy) if growth.multipliers else {},
@@ -175,11 +177,9 @@ def _name(growth: GrowthConfig, deeper: bool, wider: bool) -> str:
     return width if not deeper else growth.operator if depth == width else f"{depth}+{width}"
 
 
-def _options(growth: GrowthConfig, wider: bool) -> dict[str, Any]:
-    """Those that had a say; the other fields of a record hold the rest."""
+def _options(growth: GrowthConfig) -> dict[str, Any]:
+    """Those that other fields of a record do not hold."""
     elsewhere = {"operator", "layers", "optimizer_state", "schedule"}
-    if not wider:
-        elsewhere |= {"order", "shares", "cancelling_noise"}
     return growth.model_dump(exclude=elsewhere, exclude_defaults=True)
 
 

@@ -45,8 +45,14 @@ class GrowthRequest:
             GrowthError: nothing is asked for, or values that make no model or growth.
         """
         growth, changes = self.growth, dict(self.model)
-        if growth.layers is not None:
-            changes.setdefault("num_layers", _count(growth.layers, source.num_layers))
+        if growth.layers is not None and "num_layers" not in changes:
+            count = _count(growth.layers, source.num_layers)
+            if count < source.num_layers:
+                raise GrowthError(
+                    f"layers {growth.layers!r} names {count} of the source's {source.num_layers} layers; if fewer are "
+                    f"meant, set num_layers={count} too; for a number of layers write --set num_layers=N"
+                )
+            changes["num_layers"] = count
         if not changes and not growth.noise:
             raise GrowthError("say what is to grow: --set num_layers=24 hidden_size=2048, or --layers 0,1,0,1")
         fields = {**source.model_dump(), "head_dim": source.kv_channels}
@@ -141,8 +147,10 @@ def _validated(section: type[_Section], fields: Mapping[str, Any], name: str) ->
     except ValidationError as error:
         texts = []
         for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple[constrained-int, ...]"))
+            where = ".".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["loc"][:1] == ("layers",):  # a union: pydantic says why it is none of each
+                where, message = "layers", "write a list of layers counted from 0, or the paper's notation as text"
             value = fields.get(where)
             shown = f" (here {value!r})" if where in fields and not isinstance(value, dict) else ""
             texts.append(f"{where}: {message}{shown}" if where else message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from growth_megatron.config.growth import width_changes
 from growth_megatron.config.schema import GrowthConfig, ModelConfig
 from tests.growth.in_memory import changed, small
 
@@ -47,11 +48,12 @@ def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCo
         num_query_groups=groups,
         tie_embeddings=source.tie_embeddings and draw(st.booleans()),
     )
+    reads_copies = bool(width_changes(source, target).keys() - {"num_query_groups"})
     growth = GrowthConfig(
         operator=depth + "split",
         order=draw(st.sampled_from(["interleaved", "tiled"])),
-        shares=draw(st.sampled_from(["even", "uneven"])),
-        cancelling_noise=draw(st.sampled_from([0.0, 1.0])),
+        shares=draw(st.sampled_from(["even", "uneven"])) if width_changes(source, target) else "even",
+        cancelling_noise=draw(st.sampled_from([0.0, 1.0])) if reads_copies else 0.0,
     )
     return target, growth
 

@@ -27,8 +27,8 @@ from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
-from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint import written
+from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import (
     geometry,
     manifest_of,

@@ -83,7 +83,9 @@ def test_counters_go_on_and_the_stage_starts_anew(source: Path, tmp_path: Path) 
         assert getattr(after, name) == getattr(before, name)
 
 
-@pytest.mark.parametrize(("notation", "compact"), [("1-23*2", "0-2, 1-2"), ("0,2,2,1", "0, 2 x2, 1"), ("3", "2")])
+@pytest.mark.parametrize(
+    ("notation", "compact"), [("1-23*2", "0-2, 1-2"), ("0,2,2,1", "0, 2 x2, 1"), ("3-1*2", "2, 0 x2")]
+)
 def test_a_layer_list_says_the_depth_by_itself(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], notation: str, compact: str
 ) -> None:

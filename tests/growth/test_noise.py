@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from growth_megatron.checkpoint.source import MASTER_PREFIX, MOMENT_PREFIXES
 from growth_megatron.config.schema import GrowthConfig
+from growth_megatron.errors import GrowthError
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
@@ -197,3 +198,16 @@ def test_copies_differ_after_noise() -> None:
     for key in (layer.format(0, QKV), layer.format(1, FC1), OUTPUT):
         assert (still[key][:, 0::2] == still[key][:, 1::2]).all()
         assert (noisy[key][:, 0::2] != noisy[key][:, 1::2]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "growth"),
+    [
+        ({"num_layers": 4}, {"cancelling_noise": 0.1}),
+        ({"num_layers": 4}, {"shares": "uneven"}),
+        ({"num_query_groups": 4}, {"cancelling_noise": 0.1}),
+    ],
+)
+def test_what_is_to_part_copies_is_refused_where_none_are_made(changes: dict[str, Any], growth: dict[str, Any]) -> None:
+    with pytest.raises(GrowthError, match=f"{next(iter(growth))}: .*remove it"):
+        plan_of(small(), changes, **growth)

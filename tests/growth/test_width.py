@@ -331,7 +331,7 @@ def test_every_operator_that_says_so_keeps_the_function(
     assert_same_function(plan_of(small(tie_embeddings=tied), changes, **growth))
 
 
-@pytest.mark.parametrize("growth", [{}, {"shares": "uneven"}, {"operator": "zero"}, {"operator": "identity+split"}])
+@pytest.mark.parametrize("growth", [{}, {"operator": "zero"}, {"operator": "identity+split"}])
 def test_untying_keeps_the_function(growth: dict[str, Any]) -> None:
     for hidden in (12, 18, 24):
         plan = plan_of(small(tie_embeddings=True), {"tie_embeddings": False, "hidden_size": hidden}, **growth)

@@ -24,6 +24,8 @@ from tests.command_line import run_commands
 from tests.conftest import write_growing_config
 from tests.ranks import ROOT, environment, run_ranks, torchrun
 
+pytestmark = pytest.mark.timeout(600)  # one rank trains seven short runs, two ranks four
+
 FIRST, SECOND = 4, 8
 """Steps of the two growths."""
 
