@@ -90,7 +90,7 @@ WRONG = {
         "- name: base", "- name: base\n    data: {}", "24: stages.base.data", "move it to the top level",
     ),
     "same name twice": ("- name: grown", "- name: base", "24: stages.base.name", "give each stage its own"),
-    "grown to fewer layers": ("num_layers: 16", "num_layers: 2", "26: stages.grown.model.num_layers", "list those to keep"),
+    "grown to fewer layers": ("num_layers: 16", "num_layers: 2", "26: stages.grown.model.num_layers", "those to keep"),
     "stacking to another width": (
         "num_layers: 16", "num_layers: 16\n      ffn_hidden_size: 320",
         "27: stages.grown.model.ffn_hidden_size", "keep 160",

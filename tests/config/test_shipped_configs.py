@@ -42,8 +42,9 @@ def test_experiment_fits_the_gpus_it_names(path):
     assert plan.tokens == pytest.approx(float(total[1]) * 1e9, rel=0.01)
     assert plan.stages[0].tokens == pytest.approx(10e9, rel=0.05)
     base, grown = (stage.model for stage in plan.stages)
-    factors = grown.num_layers / base.num_layers, grown.hidden_size / base.hidden_size
-    assert factors == ((1, 2) if path.stem.startswith("gsplit") else (4, 1))
+    wider = path.stem.startswith("gsplit")
+    assert grown.num_layers == base.num_layers * (1 if wider else 4)
+    assert grown.hidden_size == base.hidden_size * (2 if wider else 1)
     assert plan.stages[0].tokens_per_step == 2_097_152
 
 

@@ -205,7 +205,7 @@ def test_copies_differ_after_noise() -> None:
     [
         ({"num_layers": 4}, {"cancelling_noise": 0.1}),
         ({"num_layers": 4}, {"shares": "uneven"}),
-        ({"num_query_groups": 4}, {"cancelling_noise": 0.1}),
+        ({"num_query_groups": 6}, {"cancelling_noise": 0.1}),
     ],
 )
 def test_what_is_to_part_copies_is_refused_where_none_are_made(changes: dict[str, Any], growth: dict[str, Any]) -> None:
