@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.errors import EXIT_OK, GrowthMegatronError
+from growth_megatron.errors import EXIT_INTERRUPTED, EXIT_OK, GrowthMegatronError
 
 Handler = Callable[[argparse.Namespace], int]
 Commands = Any  # what add_subparsers returns; argparse keeps its class to itself
@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"growth-megatron {options.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"growth-megatron {options.command}: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         if options.command == "train":
             raise  # not a reader that has gone, but a process that it needs
@@ -187,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain LLaMA models on megatron-core and grow them while they train.",
         epilog="exit codes: 0 done; 1 run-time fault; 2 bad configuration, usage or input; 75 stopped early and saved, "
         "give the same command again; 76 the next stage needs another world size (RUN/next_layout.json); 77 saved "
-        "state exists but none of it is valid",
+        "state exists but none of it is valid; 130 interrupted at the keyboard",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     _add_run_commands(commands)

@@ -52,8 +52,9 @@ from growth_megatron.checkpoint.manifest import FileEntry, Manifest, library_ver
 from growth_megatron.checkpoint.optimizer_groups import fresh_common
 from growth_megatron.checkpoint.source import STATE_PREFIXES, DistCheckpoint, Region, TensorSpec, whole
 from growth_megatron.checkpoint.writer import write_checkpoint
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.render import format_bytes
-from growth_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan

@@ -29,9 +29,10 @@ from growth_megatron.checkpoint.manifest import Manifest, record_validation_loss
 from growth_megatron.checkpoint.run_directory import RunDirectory
 from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
 from growth_megatron.config.cost import flops_per_token, rank_memory
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.layers import stack_layers
 from growth_megatron.config.load import LoadedConfig, config_hash
-from growth_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
+from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.data.dataset import build_train_dataset
 from growth_megatron.data.loader import BatchLoader
 from growth_megatron.growth.execute import grow_checkpoint

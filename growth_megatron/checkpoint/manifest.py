@@ -21,7 +21,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from growth_megatron.checkpoint.files import PARTIAL_SUFFIX, FileOperations
-from growth_megatron.config.schema import ModelConfig, NonNegativeFloat, NonNegativeInt, ParallelConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig
+from growth_megatron.config.section import NonNegativeFloat, NonNegativeInt
 from growth_megatron.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
@@ -51,6 +50,7 @@ from growth_megatron.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manife
 from growth_megatron.checkpoint.source import COMMON_NAME, TensorSource
 from growth_megatron.config.render import format_bytes
 from growth_megatron.errors import CheckpointError, GrowthError, GrowthMegatronError
+from growth_megatron.parallel.agreement import Ranks
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def write_checkpoint(
         GrowthError: a value is not finite; the attempt is removed.
     """
     started = time.perf_counter()
-    files, objects, ranks = files or FileOperations(), objects or {}, _Ranks()
+    files, objects, ranks = files or FileOperations(), objects or {}, Ranks()
     ranks.on_zero(lambda: check_target(target))
     items = ranks.on_all(lambda: plan_items(source, objects, chunk_bytes))
     kept = _sound_attempt(target, fingerprint, items, ranks)
@@ -157,10 +157,11 @@ def _commit(
     for name, content in small.items():
         files.make_directory((temporary / name).parent)
         files.write(temporary / name, content)
+    check_target(target)  # again: writing takes its time, and the commit replaces what stands there
     return commit_folder(target, manifest, files, entries)
 
 
-def _sound_attempt(target: Path, fingerprint: str, items: list[WriteItem], ranks: _Ranks) -> dict[str, FinishedFile]:
+def _sound_attempt(target: Path, fingerprint: str, items: list[WriteItem], ranks: Ranks) -> dict[str, FinishedFile]:
     """What an unfinished attempt at the same job completed; the ranks share the summing of it."""
     temporary = temporary_path(target)
     found = ranks.on_zero(lambda: read_journal(temporary, fingerprint, items))
@@ -233,36 +234,3 @@ class _Meter:
             self._done += count
             if self._progress is not None:
                 self._progress(self._done, self._in_all)
-
-
-class _Ranks:
-    """Agreement among the ranks of the process group, where there is one."""
-
-    def __init__(self) -> None:
-        self.together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.together else 0
-        self.count = dist.get_world_size() if self.together else 1
-
-    def on_zero(self, function: Callable[[], T]) -> T:
-        """The result, or the error, of rank 0 on every rank."""
-        if not self.together:
-            return function()
-        from growth_megatron.parallel.process_groups import on_rank_zero  # loads megatron-core
-
-        return on_rank_zero(function)
-
-    def on_all(self, function: Callable[[], T]) -> T:
-        """This rank's result; the error of any rank on every rank."""
-        if not self.together:
-            return function()
-        from growth_megatron.parallel.process_groups import on_all_ranks
-
-        return on_all_ranks(function)
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks."""
-        if not self.together:
-            return [value]
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
-        return values

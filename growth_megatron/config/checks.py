@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from growth_megatron.config.growth import growth_problems
-from growth_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.errors import ConfigError
 
 

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.layers import resolve_layers
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import ConfigError, GrowthError
 
 Problem = tuple[str, str]

@@ -23,7 +23,8 @@ from growth_megatron.config.cost import (
     rank_memory,
 )
 from growth_megatron.config.growth import GEOMETRY_FIELDS
-from growth_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig, RunConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 __all__ = ["RunPlan", "StagePlan", "flops_per_token", "parameter_count", "plan_run", "plan_to_dict"]
 

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from growth_megatron.checkpoint.commit import begin_folder, commit_folder
+from growth_megatron.checkpoint.commit import begin_folder, check_target, commit_folder
 from growth_megatron.checkpoint.files import FileOperations
 from growth_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -107,6 +107,7 @@ def link_checkpoint(
         files.copy(source.path / name, folder / name)
     files.write(folder / COMMON_NAME, _saved(dict(common)))
     files.write(folder / METADATA_NAME, pickle.dumps(metadata))
+    check_target(target)  # again: copying may have taken its time, and the commit replaces what stands there
     complete = commit_folder(target, grown, files, checksums=kept)
 
     data_bytes = sum(entry.size_bytes for entry in kept.values())

@@ -20,13 +20,13 @@ from growth_megatron.checkpoint.interchange import LocatedSource
 from growth_megatron.checkpoint.manifest import Manifest, read_manifest, validate_checkpoint
 from growth_megatron.checkpoint.source import MOMENT_PREFIXES, DistCheckpoint, TensorSource, WithFreshOptimizer
 from growth_megatron.checkpoint.writer import FORMAT_NAME, write_checkpoint
-from growth_megatron.checkpoint.writer import _Ranks as Ranks
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.alias import can_link, link_checkpoint, other_files
 from growth_megatron.growth.lineage import grown_common, grown_manifest, grown_objects, job_fingerprint
 from growth_megatron.growth.plan import check_source_tensors
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, check_optimizer_state
 from growth_megatron.growth.view import GrownSource
+from growth_megatron.parallel.agreement import Ranks
 
 WRITERS = 2
 """Threads per rank that compute and write chunks."""

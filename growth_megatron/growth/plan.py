@@ -14,8 +14,9 @@ from typing import Any
 from growth_megatron.checkpoint.manifest import GrowthRecord, Multipliers
 from growth_megatron.checkpoint.source import TensorSource, split_state_key
 from growth_megatron.config.growth import check_growth, width_changes
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.layers import resolve_layers
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, Noise, TensorRule
 from growth_megatron.growth.width import WidthMaps

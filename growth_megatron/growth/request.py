@@ -16,8 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from growth_megatron.config.growth import GEOMETRY_FIELDS
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.layers import parse_layers
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import ConfigError, GrowthError
 
 MODEL_SETTINGS = (*GEOMETRY_FIELDS, "tie_embeddings", "norm_epsilon")

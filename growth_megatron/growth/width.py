@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from growth_megatron.config.growth import zero_width_norm_epsilon
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.rules import RANDOM, ZERO, AxisRule
 from growth_megatron.parallel.counter_rng import normal_rows
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from growth_megatron.checkpoint.manifest import Manifest, checksum_files
 from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.config.growth import GEOMETRY_FIELDS, growth_problems
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, load_config
-from growth_megatron.config.schema import GrowthConfig, ModelConfig, RunConfig
+from growth_megatron.config.schema import ModelConfig, RunConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
 from growth_megatron.parallel import process_groups
 

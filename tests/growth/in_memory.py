@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from growth_megatron.checkpoint.source import FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX, TensorSource, TensorSpec, whole
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan
 from growth_megatron.growth.view import GrownSource

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from growth_megatron.config.growth import width_changes
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
 from tests.growth.in_memory import changed, small
 
 Growth = tuple[ModelConfig, tuple[ModelConfig, GrowthConfig]]

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from growth_megatron.config.schema import GrowthConfig
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.growth import width
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import RANDOM, ZERO, GrowthPlan

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.checkpoint.source import MOMENT_PREFIXES, whole
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.layers import DEPTH_LISTS, connection_rate, gradual_layers, parse_layers
-from growth_megatron.config.schema import GrowthConfig
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.view import GrownSource

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.checkpoint.source import MASTER_PREFIX, MOMENT_PREFIXES
-from growth_megatron.config.schema import GrowthConfig
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan

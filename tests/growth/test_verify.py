@@ -16,7 +16,8 @@ from growth_megatron.checkpoint.describe import Check
 from growth_megatron.checkpoint.interchange import locate_source
 from growth_megatron.checkpoint.manifest import GrowthRecord, checksum_files, list_files, read_manifest, write_manifest
 from growth_megatron.checkpoint.source import DistCheckpoint, read_common
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, NothingValidError
 from growth_megatron.growth import verify as module
 from growth_megatron.growth.execute import grow_checkpoint

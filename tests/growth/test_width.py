@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.checkpoint.manifest import GrowthRecord
-from growth_megatron.config.schema import GrowthConfig, ModelConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_growth, plan_of_record
 from growth_megatron.growth.rules import RANDOM, ZERO
 from growth_megatron.growth.view import GrownSource

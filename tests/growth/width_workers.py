@@ -7,7 +7,8 @@ from typing import Any
 
 from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_files, write_manifest
 from growth_megatron.checkpoint.sharded import Saver, load_into_model
-from growth_megatron.config.schema import GrowthConfig, ModelConfig, StageConfig
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig, StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan

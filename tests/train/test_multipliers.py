@@ -14,7 +14,7 @@ import yaml
 
 from growth_megatron.checkpoint.manifest import Multipliers, read_manifest
 from growth_megatron.checkpoint.source import DistCheckpoint, whole
-from growth_megatron.config.schema import GrowthConfig
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import CheckpointError
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.view import GrownSource
