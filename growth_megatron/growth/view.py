@@ -31,6 +31,8 @@ from growth_megatron.growth.rules import RANDOM, AxisRule, GrowthPlan, Noise, Te
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel.counter_rng import normal_rows
 
+_NOISE_BLOCK = 1 << 18  # elements drawn at once
+
 
 class GrownSource:
     """A source seen through a plan: itself a source of tensors, so growths chain.
@@ -140,10 +142,11 @@ def gather(
         for number, (column_pick, (axis, part)) in enumerate(zip(picks, columns, strict=True), start=1):
             if column_pick is not None:
                 values = values.index_select(number, column_pick)
-            values = _scaled(values, axis, part, number, factor, squared)
+            _scale(values, axis, part, number, factor, squared)
         parts.append(values if pick is None else values.index_select(0, pick))
     gathered = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _scaled(gathered, *rows, 0, factor, squared)
+    _scale(gathered, *rows, 0, factor, squared)
+    return gathered
 
 
 def _pick(axis: AxisRule, part: slice) -> tuple[slice, torch.Tensor | None]:
@@ -171,14 +174,11 @@ def _row_runs(axis: AxisRule, part: slice) -> Sequence[tuple[slice, torch.Tensor
     return [_pick(axis, slice(part.start + a, part.start + b)) for a, b in pairwise(cuts)]
 
 
-def _scaled(values: torch.Tensor, axis: AxisRule, part: slice, number: int, factor: str, squared: bool) -> torch.Tensor:
+def _scale(values: torch.Tensor, axis: AxisRule, part: slice, number: int, factor: str, squared: bool) -> None:
     factors: torch.Tensor | None = getattr(axis, factor)
-    if factors is None:
-        return values
-    chosen = factors[part]
-    if squared:
-        chosen = chosen.square()
-    return values * _along(chosen.to(values.dtype), number, values.dim())
+    if factors is not None:
+        chosen = factors[part].square() if squared else factors[part]
+        values.mul_(_along(chosen.to(values.dtype), number, values.dim()))
 
 
 def _along(vector: torch.Tensor, number: int, dimensions: int) -> torch.Tensor:
@@ -186,18 +186,25 @@ def _along(vector: torch.Tensor, number: int, dimensions: int) -> torch.Tensor:
 
 
 def _add_noise(value: torch.Tensor, rule: TensorRule, noise: Noise, seed: int, region: Region) -> None:
-    """In place, ``[rows, columns]``; keyed by the target tensor's name and row."""
+    """In place, ``[rows, columns]``; keyed by the target tensor's name and row. Some rows at a time, for the memory."""
     rows, columns = region
-    numbers = normal_rows(seed, f"noise:{rule.target}", range(rows.start, rows.stop), rule.shape[1])
-    drawn = torch.from_numpy(numbers).to(value.dtype)  # [rows, all columns]
-    if noise.cancelling:
-        index = rule.axes[1].index_tensor
-        assert index is not None
-        size = rule.axes[1].size
-        copies = torch.bincount(index, minlength=size)
-        drawn -= (drawn.new_zeros(len(drawn), size).index_add_(1, index, drawn) / copies).index_select(1, index)
-        # Less their mean, k numbers have (k - 1) / k of the variance; a single one is left with none.
-        drawn *= (copies / (copies - 1).clamp(min=1)).sqrt()[index]
     if noise.mix:
         value.mul_(1 - noise.mix)
-    value.add_(drawn[:, columns], alpha=noise.deviation)
+    step = max(1, _NOISE_BLOCK // max(1, rule.shape[1]))
+    for start in range(rows.start, rows.stop, step):
+        block = range(start, min(start + step, rows.stop))
+        drawn = torch.from_numpy(normal_rows(seed, f"noise:{rule.target}", block, rule.shape[1])).to(value.dtype)
+        if noise.cancelling:
+            _cancel(drawn, rule.axes[1])
+        here = value[start - rows.start : block.stop - rows.start]
+        here.add_(drawn[:, columns], alpha=noise.deviation)
+
+
+def _cancel(drawn: torch.Tensor, columns: AxisRule) -> None:
+    """Make ``[rows, all columns]`` sum to zero over the copies of each column, in place."""
+    index, size = columns.index_tensor, columns.size
+    assert index is not None
+    copies = torch.bincount(index, minlength=size)
+    drawn -= (drawn.new_zeros(len(drawn), size).index_add_(1, index, drawn) / copies).index_select(1, index)
+    # Less their mean, k numbers have (k - 1) / k of the variance; a single one is left with none.
+    drawn *= (copies / (copies - 1).clamp(min=1)).sqrt()[index]
