@@ -14,7 +14,9 @@ files that are being written and one for a journal of the complete ones. Both ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import fcntl
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from growth_megatron.checkpoint.files import FileOperations
@@ -51,6 +53,28 @@ def begin_folder(final: Path, files: FileOperations) -> Path:
         files.remove_tree(temporary)
     files.make_directory(temporary)
     return temporary
+
+
+@contextmanager
+def exclusive(final: Path) -> Iterator[None]:
+    """Hold ``final`` for this process while it is written: two writers would ruin each other's temporary folder.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    lock = final.parent / f".lock_{final.name}"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"another process is writing {final} (it holds {lock}); wait for it, or end it"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def check_target(final: Path) -> None:

@@ -289,16 +289,21 @@ def geometry_changes(source: ModelConfig, target: ModelConfig) -> list[str]:
 def growth_line(record: GrowthRecord) -> str:
     """One growth of a lineage, in one line."""
     changes = ", ".join(geometry_changes(record.source_geometry, record.target_geometry)) or "same geometry"
-    text = (
-        f"step {record.step:,}: {record.operator}: {changes}; optimizer state {record.optimizer_state}, "
-        f"from {record.source}"
-    )
+    how = record.operator + describe_options(record.options, record.seed)
+    text = f"step {record.step:,}: {how}: {changes}; optimizer state {record.optimizer_state}, from {record.source}"
     if record.layers is not None and record.layers != tuple(range(record.source_geometry.num_layers)):
         text += f"; layers {compact_layers(record.layers)}, {100 * connection_rate(record.layers):.1f} % connected"
     if record.validation_loss_after is not None:
         before = "unknown" if record.validation_loss_before is None else f"{record.validation_loss_before:.4f}"
         text += f"; validation loss {before} -> {record.validation_loss_after:.4f}"
     return text
+
+
+def describe_options(options: Mapping[str, Any], seed: int) -> str:
+    """Options of a growth to follow the operator's name, with the seed that goes with them; nothing without any."""
+    if not options:
+        return ""
+    return "".join(f", {key} {str(value).lower()}" for key, value in options.items()) + f", seed {seed}"
 
 
 def compact_layers(layers: Sequence[int]) -> str:

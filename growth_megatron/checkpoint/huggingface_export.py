@@ -35,7 +35,6 @@ from growth_megatron.errors import CheckpointError
 from growth_megatron.model.geometry import tensor_shapes
 
 SHARD_BYTES = 5_000_000_000
-EXPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _BLOCK_BYTES = 1 << 24
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from growth_megatron.checkpoint.commit import exclusive
 from growth_megatron.checkpoint.describe import locate_checkpoint, model_line
 from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface_config import CONFIG_NAME
@@ -132,7 +133,7 @@ def import_hf(source: Path, target: Path) -> WriteResult:
         world_size=1,
         has_optimizer_state=True,
     )
-    with bytes_progress(f"importing {target.name}") as progress:
+    with exclusive(target), bytes_progress(f"importing {target.name}") as progress:
         result = write_checkpoint(
             WithFreshOptimizer(checkpoint),
             target,
@@ -144,7 +145,7 @@ def import_hf(source: Path, target: Path) -> WriteResult:
         )
     print(
         f"imported {target} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written\n"
-        f"train it with checkpoint.resume={target}, a new run.directory and\n" + "\n".join(_model_section(geometry))
+        f"train it with checkpoint.resume={target}, a new run.directory and\n" + "\n".join(model_section(geometry))
     )
     return result
 
@@ -179,7 +180,7 @@ def export_hf(
         note = str(tokenizer)
     print(f"tokenizer  {note}", flush=True)
     wanted = DTYPES[dtype] if dtype else None
-    with bytes_progress(f"exporting {target.name}") as progress:
+    with exclusive(target), bytes_progress(f"exporting {target.name}") as progress:
         result = export_huggingface(
             located.source, located.geometry, target, dtype=wanted, tokenizer=tokenizer, progress=progress
         )
@@ -218,7 +219,7 @@ def tokenizer_of(located: LocatedSource) -> tuple[Path | None, str]:
     return tokenizer, str(tokenizer)
 
 
-def _model_section(geometry: ModelConfig) -> list[str]:
+def model_section(geometry: ModelConfig) -> list[str]:
     """The ``model:`` section of a configuration for ``geometry``."""
     fields = geometry.model_dump(mode="json", exclude_none=True)
     return ["  model:", *(f"    {name}: {str(value).lower()}" for name, value in fields.items())]

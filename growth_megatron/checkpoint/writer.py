@@ -138,7 +138,7 @@ def write_checkpoint(
         raise
     finished = [kept, *ranks.gather(storage.finished)]
     entries = {name: file.entry for some in finished for name, file in some.items()}
-    small = {FORMAT_NAME: FORMAT, **(extra_files or {}), COMMON_NAME: _saved(dict(common))}
+    small = {FORMAT_NAME: FORMAT, **(extra_files or {}), COMMON_NAME: saved(dict(common))}
     complete = ranks.on_zero(lambda: _commit(target, manifest, small, entries, files))
     resumed = sum(file.entry.size_bytes for file in kept.values())
     in_all = complete.total_bytes + (target / MANIFEST_NAME).stat().st_size
@@ -216,7 +216,8 @@ def _save(storage: ParallelWriter, planner: SavePlanner) -> None:
         raise RuntimeError(f"writing the checkpoint failed: {type(error).__name__}: {error}") from failure
 
 
-def _saved(value: Any) -> bytes:
+def saved(value: Any) -> bytes:
+    """``value`` as ``torch.save`` writes it."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -155,6 +155,8 @@ def _head_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfi
             f"{target.kv_channels} is not a multiple of the source's {source.kv_channels}: rotary pairs keep their "
             f"frequency only at whole multiples; nearest possible: {below} or {below + source.kv_channels}"
         )
+        if target.head_dim is None:
+            text += f". It follows hidden_size / num_attention_heads: set head_dim {source.kv_channels} to keep it"
         yield "model.head_dim", text
     before, after = source.query_groups, target.query_groups
     heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after

@@ -45,6 +45,7 @@ from growth_megatron.checkpoint.source import (
     is_stacked,
     split_state_key,
 )
+from growth_megatron.checkpoint.writer import saved
 from growth_megatron.errors import CheckpointError
 from growth_megatron.growth.lineage import object_targets
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule
@@ -99,18 +100,21 @@ def link_checkpoint(
     if unknown := sorted(data_names - kept.keys()):
         raise CheckpointError(f"cannot grow {source.path}: its manifest lacks {unknown[0]}, which holds tensors")
 
+    data_bytes = sum(entry.size_bytes for entry in kept.values())
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    if not same_file_system(source.path, existing):
+        _check_room(source.path, existing, data_bytes)
     folder = begin_folder(target, files)
     was_copied = _link_or_copy(source.path, folder, kept, files)
     if zeros.content:
         files.write(folder / zeros.name, zeros.content)
     for name in other_files(held):
         files.copy(source.path / name, folder / name)
-    files.write(folder / COMMON_NAME, _saved(dict(common)))
+    files.write(folder / COMMON_NAME, saved(dict(common)))
     files.write(folder / METADATA_NAME, pickle.dumps(metadata))
     check_target(target)  # again: copying may have taken its time, and the commit replaces what stands there
     complete = commit_folder(target, grown, files, checksums=kept)
 
-    data_bytes = sum(entry.size_bytes for entry in kept.values())
     linked = 0 if was_copied else data_bytes
     written = complete.total_bytes - linked + (target / MANIFEST_NAME).stat().st_size
     return Linked(complete, written, linked, data_bytes - linked)
@@ -223,6 +227,20 @@ def _add_restacked(
     grown.state_dict_metadata[key] = dataclasses.replace(stored, size=size, chunks=chunks)
 
 
+def same_file_system(one: Path, other: Path) -> bool:
+    """Whether files can be shared by links, as far as the device tells."""
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def _check_room(source: Path, target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise CheckpointError(
+            f"{source} and {target} cannot share files by hard links (two file systems?), and copying needs "
+            f"{needed} bytes where {free} are free; choose a target on the source's file system"
+        )
+
+
 def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: FileOperations) -> bool:
     """Give ``folder`` the source's data files; True if they had to be copied."""
     for name in names:
@@ -230,12 +248,7 @@ def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: Fil
     if all(files.link(source / name, folder / name) for name in names):
         return False
     needed = sum((source / name).stat().st_size for name in names)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{source} and {folder.parent} cannot share files by hard links (two file systems?), and copying needs "
-            f"{needed} bytes where {free} are free; choose a target on the source's file system"
-        )
+    _check_room(source, folder.parent, needed)
     _LOG.warning(
         "%s and %s cannot share files by hard links (two file systems?): copying %.3g GB",
         source,
@@ -246,9 +259,3 @@ def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: Fil
         if not (folder / name).exists():
             files.copy(source / name, folder / name)
     return True
-
-
-def _saved(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from growth_megatron.checkpoint.commit import exclusive, temporary_path
 from growth_megatron.checkpoint.huggingface_export import export_huggingface
-from growth_megatron.checkpoint.interchange import HUGGINGFACE_PREFIX, LocatedSource, locate_source
+from growth_megatron.checkpoint.interchange import HUGGINGFACE_PREFIX, LocatedSource, locate_source, model_section
 from growth_megatron.checkpoint.progress_bar import bytes_progress
 from growth_megatron.config.render import format_bytes
 from growth_megatron.errors import CheckpointError, GrowthError
@@ -54,15 +55,23 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool,
     if first:
         lines = [f"passed over: {item.path}: {item.reason}" for item in origin.skipped]
         print("\n".join([*lines, *render_forecast(figures, plan)]), flush=True)
+    if figures["enough_space"] is False and not temporary_path(folder).exists():  # an interrupted one needs less
+        needed, free = format_bytes(figures["written_bytes"]), format_bytes(figures["free_bytes"])
+        raise CheckpointError(f"{folder} needs {needed} where {free} are free; choose a target on another disk")
     if dry_run:
         if first:
             print("dry run: nothing was written")
         return
     try:
         if weights_only:
-            _to_huggingface(origin, folder, plan)
+            with exclusive(folder):
+                _to_huggingface(origin, folder, plan)
             return
-        with _process_group(), bytes_progress(f"growing {folder.name}") as progress:
+        with (
+            exclusive(folder) if first else nullcontext(),
+            _process_group(),
+            bytes_progress(f"growing {folder.name}") as progress,
+        ):
             result = grow_checkpoint(
                 origin,
                 folder,
@@ -75,7 +84,7 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool,
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error} ({error.filename})") from None
     if first:
-        print("\n".join(_done_lines(result)))
+        print("\n".join(_done_lines(result, origin)))
 
 
 def plan_grow(source: str, target: str | None, request: GrowthRequest, *, materialize: bool, as_json: bool) -> None:
@@ -148,7 +157,7 @@ def _check_target(source: Path, target: Path) -> None:
         raise CheckpointError(f"cannot make {target}: {above} {what}; name another folder")
 
 
-def _done_lines(result: GrowthResult) -> list[str]:
+def _done_lines(result: GrowthResult, origin: LocatedSource) -> list[str]:
     notes = [f"{format_bytes(result.bytes_linked)} linked"] if result.bytes_linked else []
     notes.append(f"{format_bytes(result.bytes_written)} written")
     if result.bytes_copied:
@@ -156,6 +165,13 @@ def _done_lines(result: GrowthResult) -> list[str]:
     if result.bytes_resumed:
         notes.append(f"{format_bytes(result.bytes_resumed)} taken over from an interrupted attempt")
     geometry = result.manifest.geometry
+    done = f"grew {result.path} in {result.seconds:.2f} s: {', '.join(notes)}"
+    if origin.manifest is None:  # no configuration of ours yet
+        return [
+            done,
+            f"train it with checkpoint.resume={result.path}, a new run.directory and",
+            *model_section(geometry),
+        ]
     sizes = {
         "num_layers": geometry.num_layers,
         "hidden_size": geometry.hidden_size,
@@ -173,8 +189,8 @@ def _done_lines(result: GrowthResult) -> list[str]:
         changed.append("head_dim")  # the default, hidden size over heads, may no longer be it
     settings = " ".join(f"model.{key}={str(sizes[key]).lower()}" for key in changed)
     return [
-        f"grew {result.path} in {result.seconds:.2f} s: {', '.join(notes)}",
-        f"go on with: growth-megatron train CONFIG.yaml checkpoint.resume={result.path} {settings} "
+        done,
+        f"go on with: growth-megatron train CONFIG.yaml checkpoint.resume={result.path} {settings}".rstrip() + " "
         f"run.directory=NEW (its first stage starts at step 0 of its schedule; step {result.manifest.step:,}, tokens "
         "and data position count on)",
     ]

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.checkpoint.describe import compact_layers, geometry_changes, model_line
+from growth_megatron.checkpoint.describe import compact_layers, describe_options, geometry_changes, model_line
 from growth_megatron.checkpoint.interchange import LocatedSource
 from growth_megatron.checkpoint.optimizer_groups import describe_multipliers, without_layer_number
 from growth_megatron.checkpoint.source import MASTER_PREFIX, MOMENT_PREFIXES, DistCheckpoint, split_state_key
 from growth_megatron.config.cost import parameter_count
 from growth_megatron.config.layers import connection_rate
 from growth_megatron.config.render import format_bytes, format_count
-from growth_megatron.growth.alias import Zeros, can_link, grown_metadata, other_files
+from growth_megatron.growth.alias import Zeros, can_link, grown_metadata, other_files, same_file_system
 from growth_megatron.growth.execute import WRITERS, with_optimizer
 from growth_megatron.growth.plan import inexact_multipliers
 from growth_megatron.growth.rules import RANDOM, ZERO, AxisRule, GrowthPlan, OptimizerState, TensorRule
@@ -49,7 +49,8 @@ def forecast(
     """
     before, after = parameter_count(plan.source_geometry), parameter_count(plan.target_geometry)
     links = not weights_only and _links(origin, plan, materialize)
-    costs = _linked_costs(origin, plan, policy) if links else _written_costs(origin, plan, policy, weights_only)
+    copies = links and target is not None and not same_file_system(origin.path, existing_parent(target))
+    costs = _linked_costs(origin, plan, policy, copies) if links else _written_costs(origin, plan, policy, weights_only)
     free = shutil.disk_usage(existing_parent(target)).free if target is not None else None
     return {
         "source": str(origin.path),
@@ -68,7 +69,7 @@ def forecast(
         "function_preserving": plan.function_preserving,
         "optimizer_state": None if weights_only else policy,
         "multipliers": {key: value.model_dump() for key, value in plan.multipliers.items()},
-        "executor": "link" if links else "write",
+        "executor": "copy" if copies else "link" if links else "write",
         **costs,
         "free_bytes": free,
         "enough_space": None if free is None else costs["written_bytes"] <= free,
@@ -133,7 +134,7 @@ def render_forecast(figures: dict[str, Any], plan: GrowthPlan) -> list[str]:
     """The forecast as lines of text."""
     before, after = parameter_count(plan.source_geometry), parameter_count(plan.target_geometry)
     came = "" if figures["step"] is None else f" (step {figures['step']:,}, {figures['consumed_tokens']:,} tokens)"
-    options = "".join(f", {key} {value}" for key, value in figures["options"].items())
+    options = describe_options(figures["options"], plan.seed)
     lines = [
         f"source           {figures['source']}{came}",
         f"                 {model_line(plan.source_geometry)}",
@@ -183,10 +184,12 @@ def _cost_lines(figures: dict[str, Any]) -> Iterator[str]:
     read, written, linked = (figures[key] for key in ("read_bytes", "written_bytes", "linked_bytes"))
     if figures["executor"] == "link":
         yield f"files            {format_bytes(linked)} linked, about {format_bytes(written)} written"
+    elif figures["executor"] == "copy":
+        yield f"files            {format_bytes(written)} written: two file systems, so data are copied, not linked"
     else:
-        memory = format_bytes(figures["peak_memory_bytes"])
-        yield f"files            {format_bytes(read)} read, {format_bytes(written)} written; up to {memory} of memory"
-    if figures["free_bytes"] is not None and figures["executor"] == "write":
+        memory = f"up to {format_bytes(figures['peak_memory_bytes'])} of memory a rank beside the libraries' own"
+        yield f"files            {format_bytes(read)} read, {format_bytes(written)} written; {memory}"
+    if figures["free_bytes"] is not None and figures["executor"] != "link":
         enough = "" if figures["enough_space"] else ": NOT ENOUGH, choose a target on another disk"
         yield f"disk             {format_bytes(figures['free_bytes'])} free{enough}"
 
@@ -197,7 +200,7 @@ def _links(origin: LocatedSource, plan: GrowthPlan, materialize: bool) -> bool:
     return can_link(plan, origin.source.metadata)
 
 
-def _linked_costs(origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState) -> dict[str, int]:
+def _linked_costs(origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState, copies: bool) -> dict[str, int]:
     assert origin.manifest is not None
     assert isinstance(origin.source, DistCheckpoint)
     held = origin.manifest
@@ -206,10 +209,12 @@ def _linked_costs(origin: LocatedSource, plan: GrowthPlan, policy: OptimizerStat
     pickled = len(pickle.dumps(metadata))
     names = {info.relative_path for info in metadata.storage_data.values()}
     small = sum(held.files[name].size_bytes for name in other_files(held)) + len(held.model_dump_json(indent=1))
+    data = sum(entry.size_bytes for name, entry in held.files.items() if name in names)
+    written = pickled + len(zeros.content) + small + 4096  # and common.pt
     return {
-        "read_bytes": pickled,
-        "written_bytes": pickled + len(zeros.content) + small + 4096,  # and common.pt
-        "linked_bytes": sum(entry.size_bytes for name, entry in held.files.items() if name in names),
+        "read_bytes": pickled + (data if copies else 0),
+        "written_bytes": written + (data if copies else 0),
+        "linked_bytes": 0 if copies else data,
         "peak_memory_bytes": 4 * pickled,
     }
 
@@ -231,7 +236,7 @@ def _written_costs(
                 written += target_numel * dtype.itemsize
             from_master = prefix == "" and MASTER_PREFIX in dtypes and not rule.is_selection
             if rule.source is not None and not from_master:  # a computed weight is its master, cast
-                read += source_numel * dtype.itemsize
+                read += source_numel * (dtype if origin.manifest else dtypes[""]).itemsize
     return {
         "read_bytes": read,
         "written_bytes": written,

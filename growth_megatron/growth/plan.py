@@ -2,13 +2,13 @@
 
 Owns: which layer and which axis rules each tensor gets, noise, the multipliers, what gets no gradient.
 Does not own: the maps along the width (``growth.width``), the values (``growth.view``), files (``growth.alias``,
-``growth.materialise``).
+``checkpoint.writer``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from growth_megatron.checkpoint.manifest import GrowthRecord, Multipliers
@@ -279,8 +279,3 @@ def _inexact(maps: WidthMaps, rules: Sequence[TensorRule]) -> tuple[str, ...]:
     if any(rule.noise is not None and rule.noise.cancelling for rule in rules):
         inexact.append("rows and gains of copies before cancelling noise: it changes their parts of the gradient")
     return tuple(inexact)
-
-
-def describe_options(options: Mapping[str, Any]) -> str:
-    """Recorded options in one line, or nothing."""
-    return ", ".join(f"{key} {value}" for key, value in options.items())

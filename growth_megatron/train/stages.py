@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.describe import geometry_changes
+from growth_megatron.checkpoint.describe import describe_options, geometry_changes
 from growth_megatron.checkpoint.manifest import Manifest, read_manifest, record_validation_losses
 from growth_megatron.checkpoint.optimizer_groups import describe_multipliers
 from growth_megatron.checkpoint.progress_bar import bytes_progress
@@ -184,12 +184,13 @@ def _announce_growth(
     context: RunContext, manifest: Manifest, plan: GrowthPlan, policy: str, result: GrowthResult
 ) -> None:
     context.directory.point_latest(result.path)
+    how = plan.operator + describe_options(plan.options, plan.seed)
     changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
     context.metrics.log(
         "event",
         step=manifest.step,
         event="grow",
-        message=f"grew by {plan.operator}: {changes} ({100 * connection_rate(plan.layers or ()):.1f} % of layer "
+        message=f"grew by {how}: {changes} ({100 * connection_rate(plan.layers or ()):.1f} % of layer "
         f"connections kept, optimizer state {policy}) in {result.seconds:.2f} s: "
         f"{format_bytes(result.bytes_written)} written, {format_bytes(result.bytes_linked)} linked",
     )

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from growth_megatron.checkpoint.describe import growth_line
 from growth_megatron.checkpoint.manifest import (
     checksum_files,
     list_files,
@@ -280,3 +284,51 @@ def test_a_one_stage_run_goes_on_from_a_checkpoint_grown_by_hand(growing_config:
     assert [record.layers for record in after.lineage] == [(0, 1, 0, 1)]
     # Warm-up over 2 steps, anew.
     assert [line["learning_rate"] for line in trained][:2] == pytest.approx([0.0015, 0.003])
+
+
+def test_two_growths_of_one_target_do_not_run_at_once(source: Path, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDING.format(target=str(tmp_path / "grown"))], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match="another process is writing"):
+        _grow(source, tmp_path / "grown", "num_layers=6")
+    assert not (tmp_path / "grown").exists()
+    holder.kill()
+    holder.wait()
+    _grow(source, tmp_path / "grown", "num_layers=6")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "source"]
+
+
+_HOLDING = """
+from pathlib import Path
+from time import sleep
+from growth_megatron.checkpoint.commit import exclusive
+with exclusive(Path({target!r})):
+    print("held", flush=True)
+    sleep(600)
+"""
+
+
+def test_a_growth_onto_another_file_system_is_planned_as_a_copy(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("forecast", "alias"):
+        monkeypatch.setattr(f"growth_megatron.growth.{module}.same_file_system", lambda one, other: False)
+    _grow(source, tmp_path / "grown", "num_layers=6", dry_run=True)
+    assert "two file systems, so data are copied, not linked" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match=r"needs .* where 1000 B are free; choose a target on another disk"):
+            _grow(source, tmp_path / "grown", "num_layers=6", dry_run=dry_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_options_are_shown_where_the_growth_is(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _grow(source, tmp_path / "grown", "hidden_size=16", "shares=uneven", "cancelling_noise=0.5", seed=4)
+    how = "split, shares uneven, cancelling_noise 0.5, seed 4"
+    assert f"operator         {how}: hidden 8 -> 16" in capsys.readouterr().out
+    assert f"{how}: hidden 8 -> 16" in growth_line(read_manifest(tmp_path / "grown").lineage[-1])

@@ -394,3 +394,10 @@ def test_a_recorded_growth_is_planned_again(step: Growth) -> None:
         library_version="test",
     )
     assert plan_of_record(GrowthRecord.model_validate_json(record.model_dump_json())) == plan
+
+
+def test_the_heads_of_a_shared_out_group_give_each_copy_its_part_of_the_gradient() -> None:
+    """Three heads to a group become one to each of three copies: with equal heads each copy gets a third of it."""
+    maps = WidthMaps(small(), small(num_query_groups=6), GrowthConfig(), 0)
+    assert maps.heads.group_gain == pytest.approx((1 / 3,) * 6)
+    assert not maps.heads.exact
