@@ -21,21 +21,13 @@ LAYERS = [0, 1, 1, 0, 1, 0]
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
 CASES: dict[str, dict[str, Any]] = {
-    "from TP2, multi-query": {
-        "saved": TP2,
-        "model": {"num_query_groups": 2, "head_dim": 16},
-        "loads": [
-            {"name": "carry_dp2", "layout": {}, "policy": "carry"},
-            {"name": "reset_vpp", "layout": {**PP2, "virtual_pipeline_parallel_size": 3}, "policy": "reset"},
-        ],
-    },
-    "from PP2, tied": {
+    "from PP2, tied, multi-query": {
         "saved": PP2,
-        "model": {"tie_embeddings": True},
+        "model": {"tie_embeddings": True, "num_query_groups": 2, "head_dim": 16},
         "loads": [
             {"name": "carry_tp2", "layout": {**TP2, "sequence_parallel": True}, "policy": "carry"},
-            {"name": "carry_pp2", "layout": PP2, "policy": "carry"},
-            {"name": "reset_tp2", "layout": TP2, "policy": "reset"},
+            {"name": "carry_dp2", "layout": {}, "policy": "carry"},
+            {"name": "reset_vpp", "layout": {**PP2, "virtual_pipeline_parallel_size": 3}, "policy": "reset"},
         ],
     },
 }
