@@ -13,9 +13,13 @@ import torch
 
 from growth_megatron.checkpoint.manifest import read_manifest
 from growth_megatron.checkpoint.source import DistCheckpoint, whole
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.init import InitSource
+from growth_megatron.model.reference import reference_logits
 from tests.ranks import run_ranks
+from tests.workers import SMALL
 
 LAYERS = [0, 1, 1, 0, 1, 0]
 TP2 = {"tensor_parallel_size": 2}
@@ -68,3 +72,15 @@ def test_the_step_goes_with_the_moments(grown: tuple[Path, dict[str, Any]]) -> N
     _, results = grown
     for name, result in results.items():
         assert result["steps"] == [3.0 if name.startswith("carry") else 0.0]
+
+
+def test_a_grown_source_poured_into_a_live_model_on_two_ranks_is_the_source_models_function() -> None:
+    source, tokens = {"num_layers": 2, "init_std": 0.2}, list(range(3, 35))
+    target = {"num_layers": 3, "hidden_size": 96, "head_dim": 8, "num_attention_heads": 16, "num_query_groups": 8}
+    arguments = {"layout": TP2, "source": source, "target": target, "tokens": tokens}
+    halves = run_ranks("tests.growth.width_workers:grown_logits", 2, arguments)
+    logits = torch.tensor(halves[0]), torch.tensor(halves[1])
+    model = ModelConfig(**{**SMALL, **source})
+    expected = reference_logits(InitSource(model, 7), model, torch.tensor([tokens]))[0]
+    difference = (torch.cat(logits, dim=1) - expected).abs().max() / expected.abs().max()
+    assert difference < 1e-5

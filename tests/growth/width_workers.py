@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_files, write_manifest
-from growth_megatron.checkpoint.sharded import Saver, load_into_model
+from growth_megatron.checkpoint.sharded import Saver, load_into_model, pour_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
+from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
-from tests.workers import batches, fresh_engine, stage_of
+from tests.workers import SMALL, batches, fresh_engine, stage_of
 
 BASE: dict[str, Any] = {
     "num_layers": 2,
@@ -103,3 +107,17 @@ def _sign(folder: Path, stage: StageConfig) -> None:
         files=checksum_files(folder, list_files(folder)),
     )
     write_manifest(folder, manifest)
+
+
+def grown_logits(
+    layout: dict[str, Any], source: dict[str, Any], target: dict[str, Any], tokens: list[int]
+) -> list[Any]:
+    """Logits ``[s][this rank's vocabulary]`` of a live model into which a grown source was poured."""
+    model, stage = ModelConfig(**{**SMALL, **source}), stage_of(layout, {**source, **target})
+    plan = plan_growth(model, stage.model, GrowthConfig(operator="identity+split", shares="uneven"))
+    process_groups.set_layout(stage.parallel, 7)
+    engine = Engine(stage)
+    pour_into_model(GrownSource(InitSource(model, 7), plan, "reset"), engine.models)
+    with torch.no_grad():
+        output = engine.models[0](torch.tensor([tokens]), torch.arange(len(tokens))[None], None)  # [b, s, v / TP]
+    return list(output[0].tolist())
