@@ -24,7 +24,6 @@ from growth_megatron.checkpoint.commit import (
     commit_folder,
     recover_folder,
     remove_folder,
-    temporary_path,
 )
 from growth_megatron.checkpoint.files import FileOperations
 from growth_megatron.checkpoint.manifest import FileEntry, Manifest, read_manifest, validate_checkpoint
@@ -99,10 +98,6 @@ class RunDirectory:
     def begin(self, step: int, grown: bool = False) -> Path:
         """Temporary folder, empty, into which the checkpoint of ``step`` is to be written before ``commit``."""
         return begin_folder(self.checkpoint_path(step, grown), self._files)
-
-    def begun_path(self, step: int, grown: bool = False) -> Path:
-        """The folder that ``begin`` returned for this step."""
-        return temporary_path(self.checkpoint_path(step, grown))
 
     def commit(self, manifest: Manifest, grown: bool = False, checksums: Mapping[str, FileEntry] | None = None) -> Path:
         """Make what was written since ``begin(manifest.step, grown)`` the newest checkpoint; see ``commit_folder``."""

@@ -329,16 +329,3 @@ class RunConfig(Section):
                     problems.append((f"stages.{index}.model.{key}", text))
         refuse(problems)
         return self
-
-    def stage_of_step(self, step: int) -> tuple[int, int]:
-        """Stage index and step within it of global ``step``; a boundary belongs to the earlier stage's end."""
-        start = 0
-        for index, stage in enumerate(self.stages):
-            if step <= start + stage.num_steps:
-                return index, step - start
-            start += stage.num_steps
-        return len(self.stages) - 1, step - (start - self.stages[-1].num_steps)
-
-    def stage_start(self, index: int) -> int:
-        """Global step at which stage ``index`` starts."""
-        return sum(stage.num_steps for stage in self.stages[:index])
