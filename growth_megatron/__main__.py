@@ -62,9 +62,9 @@ def _train(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from growth_megatron.commands.plan_tables import print_plan
     from growth_megatron.config.load import load_config
-    from growth_megatron.config.plan import plan_run, plan_to_dict
-    from growth_megatron.config.render import print_plan
+    from growth_megatron.model.plan import plan_run, plan_to_dict
 
     plan = plan_run(load_config(options.config, options.overrides).config, options.world_size)
     if options.json:
@@ -75,7 +75,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _grow(options: argparse.Namespace) -> int:
-    from growth_megatron.growth.command import grow
+    from growth_megatron.commands.grow import grow
 
     grow(options.source, options.target, _request(options), materialize=options.materialize, dry_run=options.dry_run)
     return EXIT_OK
@@ -84,14 +84,14 @@ def _grow(options: argparse.Namespace) -> int:
 def _plan_grow(options: argparse.Namespace) -> int:
     # Hundreds of thousands of small values and no cycles: looking for some would take longer than the plan.
     gc.disable()
-    from growth_megatron.growth.command import plan_grow
+    from growth_megatron.commands.grow import plan_grow
 
     plan_grow(options.source, options.target, _request(options), materialize=options.materialize, as_json=options.json)
     return EXIT_OK
 
 
 def _request(options: argparse.Namespace) -> Any:
-    from growth_megatron.growth.request import read_request
+    from growth_megatron.commands.growth_request import read_request
 
     return read_request(
         Path(options.config) if options.config else None,
@@ -105,7 +105,7 @@ def _request(options: argparse.Namespace) -> Any:
 
 def _inspect(options: argparse.Namespace) -> int:
     from growth_megatron.checkpoint.describe import describe_checkpoint, describe_tensor, render_description
-    from growth_megatron.checkpoint.tensor_statistics import render_tensor
+    from growth_megatron.commands.tensor_statistics import render_tensor
 
     path = Path(options.checkpoint)
     if options.tensor is None:

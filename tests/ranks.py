@@ -90,14 +90,14 @@ def _outputs(folder: Path) -> str:
 def _main() -> None:
     target, folder = sys.argv[1], Path(sys.argv[2])
     module, _, name = target.partition(":")
-    from growth_megatron.parallel import megatron_fixes, process_groups
+    from growth_megatron.parallel import collectives, megatron_fixes, process_groups
 
     for repair in sys.argv[3:]:
         assert hasattr(megatron_fixes, repair)
         setattr(megatron_fixes, repair, lambda repaired: None)
     process_groups.start(timeout_s=240)
     result = getattr(importlib.import_module(module), name)(**json.loads((folder / "arguments.json").read_text()))
-    (folder / f"result_{process_groups.rank_from_environment()}.json").write_text(json.dumps(result))
+    (folder / f"result_{collectives.rank_from_environment()}.json").write_text(json.dumps(result))
     process_groups.stop()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from growth_megatron.checkpoint.sharded import pour_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import pour_into_model
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
 from growth_megatron.model.init import InitSource
-from growth_megatron.parallel import process_groups
+from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Batch, Engine
 
 SMALL: dict[str, Any] = {
@@ -117,9 +117,9 @@ def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps
     import dataclasses
     from pathlib import Path
 
-    from growth_megatron.checkpoint.manifest import Manifest, library_version
-    from growth_megatron.checkpoint.run_directory import RunDirectory
-    from growth_megatron.checkpoint.sharded import Saver
+    from growth_megatron.checkpoint.folder.manifest import Manifest, library_version
+    from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+    from growth_megatron.checkpoint.torch_dist.live_model import Saver
     from growth_megatron.train.progress import Progress
 
     stage = stage_of(layout, model)
@@ -129,7 +129,7 @@ def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps
         for step in range(steps):
             engine.train_step(batches(step, stage), 1e-3)
             progress = progress.after_step(stage)
-        folder = process_groups.on_rank_zero(lambda: run.begin(steps))
+        folder = collectives.on_rank_zero(lambda: run.begin(steps))
         Saver().save(folder, engine.models, engine.optimizer, in_background=False)
         manifest = Manifest(
             library_version=library_version(),
@@ -138,7 +138,7 @@ def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps
             layout=stage.parallel,
             world_size=torch.distributed.get_world_size(),
         )
-        process_groups.on_rank_zero(lambda: str(run.commit(manifest)))
+        collectives.on_rank_zero(lambda: str(run.commit(manifest)))
 
 
 def save_all_at(cases: list[dict[str, Any]]) -> None:
@@ -150,7 +150,7 @@ def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Load ``source`` at ``layout`` and save it into ``target``, then take one step; says what moved."""
     from pathlib import Path
 
-    from growth_megatron.checkpoint.sharded import Saver, load_into_model
+    from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model
 
     results = []
     for case in cases:
@@ -158,7 +158,7 @@ def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         with fresh_engine(stage, seed=99) as engine:
             load_into_model(Path(case["source"]), engine.models, engine.optimizer)
             target = Path(case["target"])
-            process_groups.on_rank_zero(target.mkdir)
+            collectives.on_rank_zero(target.mkdir)
             Saver().save(target, engine.models, engine.optimizer, in_background=False)
             before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in engine.models]
             engine.train_step(batches(50, stage), 1e-3)
@@ -185,7 +185,7 @@ def reload_into_fresh_optimizer(directory: str) -> dict[str, int]:
     """Adam's step of every parameter after a load from a run of 2 steps, and after one step more."""
     from pathlib import Path
 
-    from growth_megatron.checkpoint.sharded import load_into_model
+    from growth_megatron.checkpoint.torch_dist.live_model import load_into_model
 
     save_at({}, directory, {"num_layers": 2}, steps=2)
     stage = stage_of({}, {"num_layers": 2})
@@ -206,7 +206,7 @@ def _adam_steps(engine: Engine) -> set[int]:
 
 def initial_shards(layout: dict[str, Any]) -> list[Any]:
     """Key, region and values of every shard of this rank's model before the first step."""
-    from growth_megatron.checkpoint.sharded import _model_state, _tensor_shards
+    from growth_megatron.checkpoint.torch_dist.live_model import _model_state, _tensor_shards
 
     stage = stage_of(layout)
     with fresh_engine(stage) as engine:

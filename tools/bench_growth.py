@@ -46,19 +46,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from growth_megatron.checkpoint.huggingface_export import export_huggingface
+from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, library_version, write_manifest
+from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.interchange import fresh_objects
-from growth_megatron.checkpoint.manifest import FileEntry, Manifest, library_version, write_manifest
-from growth_megatron.checkpoint.optimizer_groups import fresh_common
-from growth_megatron.checkpoint.source import STATE_PREFIXES, DistCheckpoint, Region, TensorSpec, whole
-from growth_megatron.checkpoint.writer import write_checkpoint
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.render import format_bytes
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
+from growth_megatron.config.units import format_bytes
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import STATE_PREFIXES, Region, TensorSpec, whole
 
 Figures = dict[str, Any]
 
@@ -328,7 +329,7 @@ def bench_plan(root: Path, model: ModelConfig, repeats: int) -> Figures:
             for _ in range(repeats)
         ]
         seconds[name] = median(runs)
-    imports = [sys.executable, "-c", "import growth_megatron.growth.command"]
+    imports = [sys.executable, "-c", "import growth_megatron.commands.grow"]
     seconds["imports"] = median([timed(lambda: subprocess.run(imports, check=True), source) for _ in range(repeats)])
     return {"metadata_bytes": (source / ".metadata").stat().st_size, "seconds": seconds}
 

@@ -25,20 +25,20 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from rich.console import Console as RichConsole
 
-from growth_megatron.checkpoint.manifest import Manifest, record_validation_losses
-from growth_megatron.checkpoint.run_directory import RunDirectory
-from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
-from growth_megatron.config.cost import flops_per_token, rank_memory
+from growth_megatron.checkpoint.folder.manifest import Manifest, record_validation_losses
+from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.layers import stack_layers
 from growth_megatron.config.load import LoadedConfig, config_hash
 from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.data.dataset import build_train_dataset
 from growth_megatron.data.loader import BatchLoader
 from growth_megatron.growth.execute import grow_checkpoint
+from growth_megatron.growth.layers import stack_layers
 from growth_megatron.growth.plan import plan_depth
+from growth_megatron.model.cost import flops_per_token, rank_memory
 from growth_megatron.model.init import InitSource
-from growth_megatron.parallel import process_groups
+from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.console import Console, LiveConsole, Position, open_console
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.loop import RunContext, StageLoop
@@ -67,11 +67,9 @@ class Bench:
         config = self.config.model_copy(update={"stages": tuple(stages)})
         text = yaml.safe_dump(config.model_dump(mode="json"))
         directory = RunDirectory(self.folder / name)
-        log = process_groups.on_all_ranks(lambda: open_rank_log(directory.path, dist.get_rank()))
+        log = collectives.on_all_ranks(lambda: open_rank_log(directory.path, dist.get_rank()))
         sequence, seed = self.stage.model.sequence_length, config.run.seed
-        data = process_groups.on_all_ranks(
-            lambda: build_train_dataset(config.data, sequence, seed, self.folder / "cache")
-        )
+        data = collectives.on_all_ranks(lambda: build_train_dataset(config.data, sequence, seed, self.folder / "cache"))
         loaded = LoadedConfig(config, text, config_hash(config))
         return RunContext(
             loaded, directory, metrics, StopRequest(), Watchdog(log), data, None, {}, dist.get_world_size()
@@ -346,11 +344,11 @@ class Growth:
         times["load"], _ = timed(lambda: load_into_model(path, engine.models, engine.optimizer))
         if grows:
             times["record"], _ = timed(
-                lambda: process_groups.on_rank_zero(lambda: record_validation_losses(path, 9.0, 9.0))
+                lambda: collectives.on_rank_zero(lambda: record_validation_losses(path, 9.0, 9.0))
             )
         self.engines.append(engine)
         context.watchdog.close()
-        process_groups.on_rank_zero(lambda: shutil.rmtree(directory.path))
+        collectives.on_rank_zero(lambda: shutil.rmtree(directory.path))
         return times
 
     def _grow(self, directory: RunDirectory, source: Path, manifest: Manifest) -> tuple[Path, Manifest]:
@@ -361,13 +359,13 @@ class Growth:
 
         layers = stack_layers(manifest.geometry.num_layers, target.model.num_layers)
         grow_checkpoint(source, path, plan_depth(manifest.geometry, target.model, layers), state, stage=1)
-        process_groups.on_rank_zero(lambda: directory.point_latest(path))
+        collectives.on_rank_zero(lambda: directory.point_latest(path))
         return newest(directory)
 
 
 def newest(directory: RunDirectory) -> tuple[Path, Manifest]:
     """What a run resumes from, chosen as ``train`` does."""
-    choice = process_groups.on_rank_zero(lambda: directory.choose_resume("must"))
+    choice = collectives.on_rank_zero(lambda: directory.choose_resume("must"))
     assert choice.path is not None
     assert choice.manifest is not None
     return choice.path, choice.manifest

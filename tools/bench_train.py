@@ -49,11 +49,11 @@ from bench_measures import (  # type: ignore[import-not-found]
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from growth_megatron.config.checks import check_world_size
-from growth_megatron.config.cost import parameter_count
 from growth_megatron.config.load import load_config
 from growth_megatron.config.schema import DataConfig, EvaluationConfig
 from growth_megatron.errors import ConfigError, GrowthMegatronError
-from growth_megatron.parallel import process_groups
+from growth_megatron.model.cost import parameter_count
+from growth_megatron.parallel import collectives, process_groups
 
 Figures = dict[str, Any]
 
@@ -96,7 +96,7 @@ def load_bench(options: argparse.Namespace, folder: Path) -> Bench:
         precision = {"precision": "bf16" if torch.cuda.is_available() else "fp32"}
         default = {**DEFAULT, "training": {**DEFAULT["training"], **precision}}
         content = {"run": {"directory": str(folder)}, "data": data, **default}
-        process_groups.on_rank_zero(lambda: path.write_text(yaml.safe_dump(content)))
+        collectives.on_rank_zero(lambda: path.write_text(yaml.safe_dump(content)))
     loaded = load_config(path, [*(QUICK if options.quick and options.config is None else ()), *options.overrides])
     stages = {stage.name: stage for stage in loaded.config.stages}
     name = options.stage or loaded.config.stages[-1].name
@@ -121,7 +121,7 @@ def load_bench(options: argparse.Namespace, folder: Path) -> Bench:
         }
     )
     model = wanted.model
-    process_groups.on_rank_zero(lambda: write_tokens(folder / "tokens", model.vocab_size, model.sequence_length))
+    collectives.on_rank_zero(lambda: write_tokens(folder / "tokens", model.vocab_size, model.sequence_length))
     stage = wanted.model_copy(update={"training": training, "growth": None})
     return Bench(config, stage, folder, turns, steps, options.live)
 
@@ -199,20 +199,20 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.")  # what megatron-core lacks here is known
     started = process_groups.start()
     try:
-        folder = process_groups.on_rank_zero(lambda: Path(tempfile.mkdtemp(prefix="bench_train_", dir=options.folder)))
+        folder = collectives.on_rank_zero(lambda: Path(tempfile.mkdtemp(prefix="bench_train_", dir=options.folder)))
         try:
             figures = measure(load_bench(options, folder), options)
         finally:
             if not dist.get_rank():
                 shutil.rmtree(folder)
     except GrowthMegatronError as error:
-        if not process_groups.rank_from_environment():
+        if not collectives.rank_from_environment():
             print(f"bench_train.py: {error}", file=sys.stderr)
         return error.exit_code
     finally:
         if started:
             process_groups.stop()
-    if not process_groups.rank_from_environment():
+    if not collectives.rank_from_environment():
         print_figures(figures)
         if options.output:
             options.output.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """What a checkpoint holds, and whether it is whole, in words for people and data for scripts.
 
 Owns: what ``inspect`` says and ``verify`` says of files, and which checkpoint a path given on a command line means.
-Does not own: the manifest and its validation (``checkpoint.manifest``), reading tensors (``checkpoint.source``), what
-becomes of a growth (``growth.verify``).
+Does not own: the manifest and its validation (``checkpoint.folder.manifest``), reading tensors
+(``checkpoint.torch_dist.reader``), what becomes of a growth (``growth.verify``).
 
 A path may be a checkpoint, a link to one (``RUN/latest``), a run directory or its ``checkpoints`` folder; of a run the
 newest valid checkpoint is meant. Tensor data are read by ``verify --full`` and ``inspect --tensor`` alone.
@@ -17,32 +17,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from growth_megatron.checkpoint.commit import TEMPORARY_PREFIX
-from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface_config import CONFIG_NAME
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.commit import TEMPORARY_PREFIX
+from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
     GrowthRecord,
     Manifest,
     read_manifest,
     validate_checkpoint,
 )
-from growth_megatron.checkpoint.run_directory import CheckpointName, RunDirectory, Skipped
-from growth_megatron.checkpoint.source import METADATA_NAME, DistCheckpoint
-from growth_megatron.checkpoint.tensor_statistics import tensor_statistics
-from growth_megatron.checkpoint.tensor_table import render_table, tensor_table
-from growth_megatron.config.cost import parameter_count
-from growth_megatron.config.layers import connection_rate
-from growth_megatron.config.render import format_bytes, format_count
+from growth_megatron.checkpoint.folder.run_directory import CheckpointName, RunDirectory, Skipped
+from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
+from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME, DistCheckpoint
+from growth_megatron.commands.tensor_statistics import tensor_statistics
+from growth_megatron.commands.tensor_table import render_table, tensor_table
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
+from growth_megatron.config.units import format_bytes, format_count
 from growth_megatron.errors import CheckpointError, NothingValidError
+from growth_megatron.growth.layers import connection_rate
+from growth_megatron.model.cost import parameter_count
 
 _GEOMETRY_NAMES = {
     "num_layers": "layers",
     "hidden_size": "hidden",
     "num_attention_heads": "heads",
-    "query_groups": "groups",
-    "kv_channels": "head channels",
+    "num_query_groups": "groups",
+    "head_dim": "head channels",
     "ffn_hidden_size": "ffn",
     "vocab_size": "vocabulary",
     "padded_vocab_size": "padded vocabulary",
@@ -133,8 +133,6 @@ def _model_description(model: ModelConfig) -> dict[str, Any]:
     return {
         "geometry": {
             **model.model_dump(mode="json"),
-            "num_query_groups": model.query_groups,
-            "head_dim": model.kv_channels,
             "padded_vocab_size": model.padded_vocab_size,
         },
         "parameters": parameters.total,
@@ -261,7 +259,7 @@ def model_line(model: ModelConfig) -> str:
     tied = ", tied embeddings" if model.tie_embeddings else ""
     return (
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads in "
-        f"{model.query_groups} groups of {model.kv_channels} channels, ffn {model.ffn_hidden_size}, vocabulary "
+        f"{model.num_query_groups} groups of {model.head_dim} channels, ffn {model.ffn_hidden_size}, vocabulary "
         f"{model.vocab_size} (padded to {model.padded_vocab_size}), sequence {model.sequence_length}{tied}"
     )
 

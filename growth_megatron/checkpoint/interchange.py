@@ -12,30 +12,31 @@ from pathlib import Path
 
 import torch
 
-from growth_megatron.checkpoint.commit import exclusive
 from growth_megatron.checkpoint.describe import locate_checkpoint, model_line
-from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface_config import CONFIG_NAME
-from growth_megatron.checkpoint.huggingface_export import ExportedWeights, export_huggingface
-from growth_megatron.checkpoint.huggingface_tokenizer import tokenizer_files
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.commit import exclusive
+from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
     Manifest,
     library_version,
     read_manifest,
     validate_checkpoint,
 )
-from growth_megatron.checkpoint.optimizer_groups import fresh_common
-from growth_megatron.checkpoint.progress_bar import bytes_progress
-from growth_megatron.checkpoint.run_directory import Skipped
-from growth_megatron.checkpoint.source import METADATA_NAME, DistCheckpoint, TensorSource, WithFreshOptimizer
-from growth_megatron.checkpoint.writer import WriteResult, write_checkpoint
+from growth_megatron.checkpoint.folder.run_directory import Skipped
+from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
+from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
+from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common
+from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME, DistCheckpoint
+from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
 from growth_megatron.config.load import load_config
-from growth_megatron.config.render import format_bytes
+from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
+from growth_megatron.config.units import format_bytes
 from growth_megatron.data.tokenizer import tokenizer_sha256
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
-from growth_megatron.model.geometry import LAYER_PREFIX
+from growth_megatron.model.architecture import LAYER_PREFIX
+from growth_megatron.model.tensors import TensorSource, WithFreshOptimizer
 
 HUGGINGFACE_PREFIX = "hf:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,7 +165,7 @@ def export_hf(
         CheckpointError: no such checkpoint, the target exists or cannot be written, or the result is not the same.
     """
     if verify:
-        from growth_megatron.checkpoint import huggingface_verify
+        from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 
         huggingface_verify.require_transformers()
     located = locate_source(str(checkpoint))

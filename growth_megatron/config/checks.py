@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from growth_megatron.config.growth import growth_problems
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.errors import ConfigError
+from growth_megatron.growth.conditions import growth_problems
 
 
 def growth_chain_problems(stages: Sequence[StageConfig]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """What ``growth:`` may say: the operators' names and their options.
 
 Owns: names, types and which options go together. Does not own: which geometries an operator can lead to
-(``config.growth``), what becomes of the tensors (``growth``).
+(``growth.conditions``), what becomes of the tensors (``growth``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COPYING_WIDTH_OPERATORS = WIDTH_OPERATORS
 
 
 class GrowthConfig(Section):
-    """How a stage's model comes out of the one before it; ``config.growth`` says what each operator can do."""
+    """How a stage's model comes out of the one before it; ``growth.conditions`` says what each operator can do."""
 
     operator: str = Field(
         "direct",

@@ -1,7 +1,7 @@
 """What a run's YAML may say: frozen pydantic models, one a section.
 
 Owns: names, types, ranges and cross-checks of every option but those of ``growth:`` (``config.growth_schema``).
-Does not own: reading files, includes and overrides (``config.load``), costs (``config.plan``).
+Does not own: reading files, includes and overrides (``config.load``), costs (``model.plan``).
 
 A run is a list of stages. In the YAML a stage writes only what differs from the top level; ``config.load`` merges,
 so that every ``StageConfig`` here is complete by itself.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
@@ -26,7 +26,11 @@ from growth_megatron.config.section import (
     Section,
     divisors,
     refuse,
+    whole_number,
 )
+
+_DEFAULTED = ("num_query_groups", "head_dim")
+"""Fields of a model whose default follows from the others."""
 
 
 class ModelConfig(Section):
@@ -35,8 +39,8 @@ class ModelConfig(Section):
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = Field(None, description="key/value heads; default: num_attention_heads")
-    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_attention_heads")
+    num_query_groups: PositiveInt = Field(0, description="key/value heads; default: num_attention_heads")
+    head_dim: PositiveInt = Field(0, description="channels of a head; default: hidden_size / num_attention_heads")
     ffn_hidden_size: PositiveInt
     vocab_size: PositiveInt = Field(description="entries of the tokenizer")
     vocab_multiple: PositiveInt = Field(
@@ -48,29 +52,34 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     init_std: PositiveFloat = 0.02
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: Any) -> Any:
+        """Equal models are equal values, however they were written down."""
+        if not isinstance(values, dict):
+            return values
+        filled = {key: value for key, value in values.items() if key not in _DEFAULTED or value is not None}
+        heads, hidden = (whole_number(filled.get(key)) for key in ("num_attention_heads", "hidden_size"))
+        if heads:
+            filled.setdefault("num_query_groups", heads)
+            if hidden and hidden % heads == 0:
+                filled.setdefault("head_dim", hidden // heads)
+        return filled
+
     @model_validator(mode="after")
     def _heads(self) -> Self:
         heads, problems = self.num_attention_heads, []
-        if self.head_dim is None and self.hidden_size % heads:
+        if "head_dim" not in self.model_fields_set:
             text = f"{heads} does not divide hidden_size {self.hidden_size}; change one of them or set head_dim"
             problems.append(("num_attention_heads", text))
-        elif self.kv_channels % 2:
-            key = "num_attention_heads" if self.head_dim is None else "head_dim"
-            problems.append((key, f"gives heads of {self.kv_channels} channels; RoPE rotates pairs, so make it even"))
-        if heads % self.query_groups:
-            text = f"{self.query_groups} does not divide num_attention_heads {heads}; allowed: {divisors(heads)}"
+        elif self.head_dim % 2:
+            key = "num_attention_heads" if self.head_dim * heads == self.hidden_size else "head_dim"
+            problems.append((key, f"gives heads of {self.head_dim} channels; RoPE rotates pairs, so make it even"))
+        if heads % self.num_query_groups:
+            text = f"{self.num_query_groups} does not divide num_attention_heads {heads}; allowed: {divisors(heads)}"
             problems.append(("num_query_groups", text))
         refuse(problems)
         return self
-
-    @property
-    def query_groups(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def kv_channels(self) -> int:
-        """Channels of one attention head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -250,7 +259,7 @@ class StageConfig(Section):
         tensor, model = self.parallel.tensor_parallel_size, self.model
         sizes = {
             "num_attention_heads": model.num_attention_heads,
-            "num_query_groups": model.query_groups,
+            "num_query_groups": model.num_query_groups,
             "ffn_hidden_size": model.ffn_hidden_size,
             "padded vocabulary": model.padded_vocab_size,
         }

@@ -27,6 +27,15 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidat
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 
 
+def whole_number(value: Any) -> int:
+    """A positive whole number as pydantic would read it, 0 where ``value`` is none; for use before validation."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
 def refuse(problems: Sequence[tuple[str, str]]) -> None:
     """Raise one validation error for all ``(dotted key, what is wrong)``, if there are any."""
     if problems:

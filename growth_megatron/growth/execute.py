@@ -1,8 +1,8 @@
 """Carrying out a growth: which executor serves, the checks before the first byte, the same on all ranks.
 
-Owns: the choice between new metadata over linked files (``growth.alias``) and a checkpoint written chunk by chunk
-(``checkpoint.writer``); the look at the source's values.
-Does not own: the plan, either executor, the command line (``growth.command``), stages (``train.stages``).
+Owns: the choice between new metadata over linked files (``growth.link``) and a checkpoint written chunk by chunk
+(``checkpoint.torch_dist.writer``); the look at the source's values.
+Does not own: the plan, either executor, the command line (``commands.grow``), stages (``train.stages``).
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pathlib import Path
 
 import torch
 
-from growth_megatron.checkpoint.commit import check_target
-from growth_megatron.checkpoint.files import FileOperations
+from growth_megatron.checkpoint.folder.commit import check_target
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import Manifest, read_manifest, validate_checkpoint
 from growth_megatron.checkpoint.interchange import LocatedSource
-from growth_megatron.checkpoint.manifest import Manifest, read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.source import MOMENT_PREFIXES, DistCheckpoint, TensorSource, WithFreshOptimizer
-from growth_megatron.checkpoint.writer import FORMAT_NAME, write_checkpoint
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.checkpoint.torch_dist.writer import FORMAT_NAME, write_checkpoint
 from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.growth.alias import can_link, link_checkpoint, other_files
 from growth_megatron.growth.lineage import grown_common, grown_manifest, grown_objects, job_fingerprint
+from growth_megatron.growth.link import can_link, link_checkpoint, other_files
 from growth_megatron.growth.plan import check_source_tensors
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, check_optimizer_state
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.parallel.agreement import Ranks
+from growth_megatron.model.tensors import MOMENT_PREFIXES, TensorSource, WithFreshOptimizer
+from growth_megatron.parallel.collectives import on_all_ranks, on_rank_zero
 
 WRITERS = 2
 """Threads per rank that compute and write chunks."""
@@ -75,17 +76,16 @@ def grow_checkpoint(
         GrowthError: the plan does not fit the source, or the source holds values that are not finite.
     """
     started = time.perf_counter()
-    ranks = Ranks()
     files = files or FileOperations()
     policy = check_optimizer_state(optimizer_state)
-    origin = source if isinstance(source, LocatedSource) else ranks.on_all(lambda: _located(source))
-    ranks.on_zero(lambda: check_origin(origin, plan, policy))
-    ranks.on_zero(lambda: check_target(target))
+    origin = source if isinstance(source, LocatedSource) else on_all_ranks(lambda: _located(source))
+    on_rank_zero(lambda: check_origin(origin, plan, policy))
+    on_rank_zero(lambda: check_target(target))
     manifest = grown_manifest(origin, plan, policy, stage, config_hash)
-    common = ranks.on_all(lambda: grown_common(origin, manifest, policy))
+    common = on_all_ranks(lambda: grown_common(origin, manifest, policy))
     if not materialize and (held := _linkable(origin, plan)) is not None:
         checkpoint, source_manifest = held
-        linked = ranks.on_zero(
+        linked = on_rank_zero(
             lambda: link_checkpoint(checkpoint, source_manifest, target, plan, policy, manifest, common, files)
         )
         costs = dataclasses.asdict(linked) | {"manifest": linked.manifest}
@@ -95,8 +95,8 @@ def grow_checkpoint(
         target,
         manifest,
         common,
-        objects=ranks.on_all(lambda: grown_objects(origin, plan.layers or ())),
-        extra_files=ranks.on_all(lambda: _extra_files(origin)),
+        objects=on_all_ranks(lambda: grown_objects(origin, plan.layers or ())),
+        extra_files=on_all_ranks(lambda: _extra_files(origin)),
         fingerprint=job_fingerprint(manifest),
         writers=WRITERS,
         files=files,

@@ -1,7 +1,7 @@
 """What a grown checkpoint says of itself: its manifest, its optimizer's step and groups, its byte objects.
 
-Owns: how these follow from the source's. Does not own: the tensors (``growth.view``), the writing (``growth.alias``,
-``checkpoint.writer``).
+Owns: how these follow from the source's. Does not own: the tensors (``growth.view``), the writing (``growth.link``,
+``checkpoint.torch_dist.writer``).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, Multipliers, library_version
+from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.interchange import LocatedSource, fresh_objects
-from growth_megatron.checkpoint.manifest import GrowthRecord, Manifest, Multipliers, library_version
-from growth_megatron.checkpoint.optimizer_groups import fresh_common, regroup
-from growth_megatron.checkpoint.source import DistCheckpoint, read_common
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common, regroup
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.config.schema import ParallelConfig
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState
-from growth_megatron.model.geometry import LAYER_PREFIX
+from growth_megatron.model.architecture import LAYER_PREFIX
 
 _LAYER_OBJECT = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
 _STACKED_OBJECT = re.compile(

@@ -1,8 +1,8 @@
 """From two geometries and an operator to a growth plan: one rule per tensor of the target model.
 
 Owns: which layer and which axis rules each tensor gets, noise, the multipliers, what gets no gradient.
-Does not own: the maps along the width (``growth.width``), the values (``growth.view``), files (``growth.alias``,
-``checkpoint.writer``).
+Does not own: the maps along the width (``growth.width``), the values (``growth.view``), files (``growth.link``,
+``checkpoint.torch_dist.writer``).
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from growth_megatron.checkpoint.manifest import GrowthRecord, Multipliers
-from growth_megatron.checkpoint.source import TensorSource, split_state_key
-from growth_megatron.config.growth import check_growth, width_changes
+from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Multipliers
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.layers import resolve_layers
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.conditions import check_growth, width_changes
+from growth_megatron.growth.layers import resolve_layers
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, Noise, TensorRule
 from growth_megatron.growth.width import WidthMaps
-from growth_megatron.model.geometry import LAYER_PREFIX, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
+from growth_megatron.model.tensors import TensorSource, split_state_key
 
 EMBEDDING, FINAL_NORM, OUTPUT = (
     "embedding.word_embeddings.weight",
@@ -241,7 +241,7 @@ def _silent_width(maps: WidthMaps) -> list[str]:
     """New parts without a gradient in the first step, with the reason."""
     source, target, operator = maps.source, maps.target, maps.operator
     silent = []
-    if maps.copies and target.kv_channels > source.kv_channels:
+    if maps.copies and target.head_dim > source.head_dim:
         silent.append("new q and k channels: both give zero, so without noise they stay zero")
     if operator != "zero":
         return silent
@@ -256,12 +256,12 @@ def _silent_width(maps: WidthMaps) -> list[str]:
             )
     if target.ffn_hidden_size > source.ffn_hidden_size:
         silent.append("new gate rows and down columns: the new up rows are zero (these get a gradient)")
-    if target.query_groups > source.query_groups:
+    if target.num_query_groups > source.num_query_groups:
         silent.append("new groups' q and k rows and o columns: their v rows are zero (these get a gradient)")
-    old_heads = source.num_attention_heads // source.query_groups
-    if target.num_attention_heads // target.query_groups > old_heads:
+    old_heads = source.num_attention_heads // source.num_query_groups
+    if target.num_attention_heads // target.num_query_groups > old_heads:
         silent.append("q rows of new heads in old groups: their o columns are zero (these get a gradient)")
-    if target.kv_channels > source.kv_channels:
+    if target.head_dim > source.head_dim:
         silent.append(
             "new q channels, until the new k channels have moved; o columns of new v channels, which are zero"
         )

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from growth_megatron.checkpoint.manifest import Multipliers
+from growth_megatron.checkpoint.folder.manifest import Multipliers
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
 

@@ -20,27 +20,26 @@ from typing import Any
 import torch
 
 from growth_megatron.checkpoint.describe import Check, Outcome, verify_files
-from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface_config import CONFIG_NAME
+from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
+from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.interchange import LocatedSource
-from growth_megatron.checkpoint.manifest import GrowthRecord, Manifest, read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.source import (
-    MASTER_PREFIX,
-    DistCheckpoint,
-    Region,
-    TensorSource,
-    WithFreshOptimizer,
-    read_common,
-    split_state_key,
-    whole,
-)
-from growth_megatron.checkpoint.tensor_statistics import row_blocks
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.growth.lineage import grown_multipliers
 from growth_megatron.growth.plan import plan_of_record
 from growth_megatron.growth.rules import GrowthPlan, check_optimizer_state
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.model.reference import reference_logits
+from growth_megatron.model.tensors import (
+    MASTER_PREFIX,
+    Region,
+    TensorSource,
+    WithFreshOptimizer,
+    row_blocks,
+    split_state_key,
+    whole,
+)
 
 TOLERANCE = 2e-6
 """Allowed difference of the logits of source and target, relative to the largest."""

@@ -1,7 +1,7 @@
 """A source of tensors seen through a growth plan: any region of the grown model, computed when it is read.
 
 Owns: the values that a plan's rules stand for: gathering, scaling, new weights, noise, moments.
-Does not own: the rules (``growth.plan``), where the values go (``checkpoint.writer``, a live model).
+Does not own: the rules (``growth.plan``), where the values go (``checkpoint.torch_dist.writer``, a live model).
 
 Everything is computed in float32 (float64 from a float64 source) and rounded once. Random values are addressed by
 (seed, tensor, global position), so a region's bits do not depend on which other regions are read, or by whom.
@@ -15,7 +15,11 @@ from itertools import pairwise
 
 import torch
 
-from growth_megatron.checkpoint.source import (
+from growth_megatron.errors import GrowthError
+from growth_megatron.growth.plan import check_source_tensors
+from growth_megatron.growth.rules import RANDOM, AxisRule, GrowthPlan, Noise, TensorRule, check_optimizer_state
+from growth_megatron.model.init import InitSource
+from growth_megatron.model.tensors import (
     MASTER_PREFIX,
     MOMENT_PREFIXES,
     SECOND_MOMENT_PREFIX,
@@ -25,10 +29,6 @@ from growth_megatron.checkpoint.source import (
     check_region,
     split_state_key,
 )
-from growth_megatron.errors import GrowthError
-from growth_megatron.growth.plan import check_source_tensors
-from growth_megatron.growth.rules import RANDOM, AxisRule, GrowthPlan, Noise, TensorRule, check_optimizer_state
-from growth_megatron.model.init import InitSource
 from growth_megatron.parallel.counter_rng import normal_rows
 
 _NOISE_BLOCK = 1 << 18  # elements drawn at once

@@ -1,7 +1,7 @@
 """Growth in width: how the coordinates of each kind of axis spread, and the axis rules of every tensor that follow.
 
 Owns: the maps of the residual stream, heads, query groups, head channels and ffn; their factors; the fused axes.
-Does not own: layers (``growth.plan``), which geometries are possible (``config.growth``).
+Does not own: layers (``growth.plan``), which geometries are possible (``growth.conditions``).
 
 The factors, for a coordinate in copies with fan-in shares alpha_j (sum 1), each copy j scaled by s_j in the residual
 stream: writers (embedding columns, rows of o and down) s_j, gains 1 / s_j, readers alpha_j. With
@@ -16,9 +16,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from growth_megatron.config.growth import zero_width_norm_epsilon
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.growth.conditions import zero_width_norm_epsilon
 from growth_megatron.growth.rules import RANDOM, ZERO, AxisRule
 from growth_megatron.parallel.counter_rng import normal_rows
 
@@ -82,7 +82,7 @@ class Heads:
 class WidthMaps:
     """All maps of one growth in width, and the axis rules built from them.
 
-    Args: both geometries, already checked by ``config.growth``, and the options. ``seed`` keys uneven shares.
+    Args: both geometries, already checked by ``growth.conditions``, and the options. ``seed`` keys uneven shares.
     """
 
     def __init__(self, source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int) -> None:
@@ -91,7 +91,7 @@ class WidthMaps:
         self.copies = self.operator not in ("zero", "random")
         self.residual = self._axis("hidden", source.hidden_size, target.hidden_size, ZERO)
         self.ffn = self._axis("ffn", source.ffn_hidden_size, target.ffn_hidden_size, RANDOM)
-        self.channels = self._axis("channel", source.kv_channels, target.kv_channels, ZERO)
+        self.channels = self._axis("channel", source.head_dim, target.head_dim, ZERO)
         self.heads = self._copied_heads() if self.copies else self._added_heads()
         grown = target.hidden_size / source.hidden_size
         if self.copies:
@@ -140,7 +140,7 @@ class WidthMaps:
 
     def attention_out(self) -> AxisRule:
         """Columns of the attention output projection: heads in order, channels within."""
-        h, heads, channels = self.source.kv_channels, self.heads, self.channels
+        h, heads, channels = self.source.head_dim, self.heads, self.channels
         index, share, new = [], [], []
         for head, mark, head_share, head_new in zip(
             heads.heads.index, heads.head_marks, heads.heads.share, heads.heads.new, strict=True
@@ -162,27 +162,27 @@ class WidthMaps:
             self._key_rows(rows, group, gain)
             self._value_rows(rows, group, gain)
         source = self.source
-        size = (source.num_attention_heads + 2 * source.query_groups) * source.kv_channels
+        size = (source.num_attention_heads + 2 * source.num_query_groups) * source.head_dim
         fused = Spread(size, tuple(rows.index), (1.0,) * len(rows.index), tuple(rows.new))
         return axis_rule(fused, tuple(rows.scale), tuple(rows.gradient))
 
     def _query_rows(self, rows: _FusedRows, head: int) -> None:
-        source, repeats = self.source, self.target.kv_channels // self.source.kv_channels
-        a_group = source.num_attention_heads // source.query_groups
+        source, repeats = self.source, self.target.head_dim // self.source.head_dim
+        a_group = source.num_attention_heads // source.num_query_groups
         number, share, new = self.heads.heads.index[head], self.heads.heads.share[head], self.heads.heads.new[head]
         start = number // a_group * (a_group + 2) + number % a_group
         # The softmax divides by the root of the channels, so q makes up for it.
         factor = math.sqrt(repeats)
         filled = RANDOM if not self.copies else ZERO
-        for channel in rotary_channels(source.kv_channels, repeats):
+        for channel in rotary_channels(source.head_dim, repeats):
             missing = number < 0 or channel < 0
-            index = filled if missing else start * source.kv_channels + channel
+            index = filled if missing else start * source.head_dim + channel
             rows.add(index, factor, share / factor, new or channel < 0)
 
     def _key_rows(self, rows: _FusedRows, group: int, gain: float) -> None:
-        h, start = self.source.kv_channels, self._group_row(group)
+        h, start = self.source.head_dim, self._group_row(group)
         filled = RANDOM if self.operator == "random" else ZERO
-        for channel in rotary_channels(h, self.target.kv_channels // h):
+        for channel in rotary_channels(h, self.target.head_dim // h):
             missing = start is None or channel < 0
             index = filled if start is None or channel < 0 else start + channel
             rows.add(index, 1.0, gain, self.heads.groups.new[group] or missing)
@@ -191,7 +191,7 @@ class WidthMaps:
         start = self._group_row(group)
         filled = RANDOM if self.operator == "random" else ZERO
         for channel, share, new in zip(self.channels.index, self.channels.share, self.channels.new, strict=True):
-            index = filled if start is None or channel < 0 else start + self.source.kv_channels + channel
+            index = filled if start is None or channel < 0 else start + self.source.head_dim + channel
             rows.add(index, 1.0, gain * share, self.heads.groups.new[group] or new)
 
     def _group_row(self, group: int) -> int | None:
@@ -199,8 +199,8 @@ class WidthMaps:
         number = self.heads.groups.index[group]
         if number < 0:
             return None
-        a_group = self.source.num_attention_heads // self.source.query_groups
-        return (number * (a_group + 2) + a_group) * self.source.kv_channels
+        a_group = self.source.num_attention_heads // self.source.num_query_groups
+        return (number * (a_group + 2) + a_group) * self.source.head_dim
 
     def _axis(self, kind: str, source_size: int, target_size: int, mark: int) -> Spread:
         if not self.copies:
@@ -230,7 +230,7 @@ class WidthMaps:
         """Groups first, then heads inside the group; where a target group has fewer heads than its source, the copies
         of a group share its heads out among them (GQA to MHA)."""
         source, target, order = self.source, self.target, self._growth.copy_order
-        before, after = source.query_groups, target.query_groups
+        before, after = source.num_query_groups, target.num_query_groups
         m, wanted = source.num_attention_heads // before, target.num_attention_heads // after
         groups = spread(before, after, order, self._weights("group", after))
         if wanted >= m:
@@ -259,7 +259,7 @@ class WidthMaps:
         """New heads behind the old of each group, new groups behind the old. A new head in an old group attends to
         values that are not zero, so under zero its columns in o are; in a new group the values are."""
         source, target = self.source, self.target
-        before, after = source.query_groups, target.query_groups
+        before, after = source.num_query_groups, target.num_query_groups
         m, wanted = source.num_attention_heads // before, target.num_attention_heads // after
         groups = extend(before, after, RANDOM)
         in_old_group = RANDOM if self.operator == "random" else ZERO

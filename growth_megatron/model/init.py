@@ -1,8 +1,8 @@
 """Initial weights, computed per region of a global tensor: bit-equal at every layout.
 
 Owns: the initial distribution of a LLaMA's global tensors.
-Does not own: their names and shapes (``model.geometry``), who reads the regions (a live model in
-``checkpoint.sharded``).
+Does not own: their names and shapes (``model.architecture``), who reads the regions (a live model in
+``checkpoint.torch_dist.live_model``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.geometry import TensorSpec, tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import TensorSpec
 from growth_megatron.parallel.counter_rng import normal_rows
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.geometry import LAYER_PREFIX, layer_tensor_shapes, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, layer_tensor_shapes, tensor_shapes
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _MASTER_PREFIX = (
@@ -81,7 +81,7 @@ def _attention(
 ) -> torch.Tensor:
     """Causal attention of grouped queries: x ``[b, s, h]`` -> ``[b, s, heads * d]``."""
     batch, sequence = x.shape[:2]
-    groups, d = geometry.query_groups, geometry.kv_channels
+    groups, d = geometry.num_query_groups, geometry.head_dim
     fused = (x @ qkv.T).view(batch, sequence, groups, -1, d)  # [b, s, g, q.. k v, d]
     fused = fused.permute(0, 2, 3, 1, 4)  # [b, g, q.. k v, s, d]
     q, k, v = fused[:, :, :-2], fused[:, :, -2:-1], fused[:, :, -1:]
@@ -93,7 +93,7 @@ def _attention(
 
 def _rotation(geometry: ModelConfig, sequence: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines ``[s, d]`` of RoPE, the angles of the first half repeated in the second."""
-    half = geometry.kv_channels // 2
+    half = geometry.head_dim // 2
     frequencies = geometry.rope_base ** (-torch.arange(half, dtype=dtype) / half)
     angles = torch.arange(sequence, dtype=dtype)[:, None] * frequencies
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)

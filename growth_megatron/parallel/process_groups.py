@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import pickle
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,36 +15,15 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from growth_megatron.config.schema import ParallelConfig
-from growth_megatron.errors import ConfigError
+from growth_megatron.parallel.collectives import environment_number
 from growth_megatron.parallel.cpu_adapter import adapt_megatron_to_cpu
 from growth_megatron.parallel.megatron_fixes import fix_megatron
-
-T = TypeVar("T")
-
-
-def world_size_from_environment() -> int:
-    """World size as torchrun announces it; 1 without torchrun. Needs no process group."""
-    return _environment_number("WORLD_SIZE", 1)
-
-
-def rank_from_environment() -> int:
-    """Rank as torchrun announces it; 0 without torchrun."""
-    return _environment_number("RANK", 0)
-
-
-def _environment_number(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise ConfigError(
-            f"the environment variable {name} is {value!r}, not a number; start with torchrun, or unset it"
-        )
-    return int(value)
 
 
 def device() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
-        return torch.device("cuda", _environment_number("LOCAL_RANK", 0))
+        return torch.device("cuda", environment_number("LOCAL_RANK", 0))
     return torch.device("cpu")
 
 
@@ -108,56 +84,3 @@ def stop() -> None:
         _end_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def on_rank_zero(function: Callable[[], T]) -> T:
-    """Run ``function`` on rank 0 and give its result, or its error, to every rank.
-
-    All ranks must call it. An error on rank 0 is raised everywhere, so nobody waits in a later collective.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        outcome = _outcome(function)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_all_ranks(function: Callable[[], T]) -> T:
-    """Run ``function`` on every rank; if it fails on any, every rank raises the error of the lowest that failed.
-
-    For work without collectives that can fail on one node alone, as reading its files can.
-    """
-    value, error = _outcome(function)
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for failed in errors:
-        if failed is not None:
-            raise failed
-    return value
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set on any rank."""
-    tensor = torch.tensor([float(flag)], device=torch.cuda.current_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item() > 0)
-
-
-def largest(value: float) -> float:
-    """The largest ``value`` of all ranks."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor.item())
-
-
-def _outcome(function: Callable[[], Any]) -> list[Any]:
-    try:
-        return [function(), None]
-    except Exception as error:  # handed on to all ranks, which raise it
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return [None, RuntimeError(f"{type(error).__name__}: {error}")]
-        return [None, error]

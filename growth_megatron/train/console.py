@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from growth_megatron.config.render import format_bytes
+from growth_megatron.config.units import count, duration, fixed, size
 
 Record = Mapping[str, Any]
 
@@ -38,39 +38,6 @@ def open_console(stage_steps: Mapping[str, int], total_flops: float | None = Non
     if output.is_terminal and not output.is_dumb_terminal:
         return LiveConsole(output, position)
     return LineConsole(position)
-
-
-def count(number: float | None) -> str:
-    """Three digits and a magnitude, B for billions: 12.3k, 1.50M, 6.74B."""
-    if number is None:
-        return "n/a"
-    magnitudes = ("", "k", "M", "B", "T")
-    index = 0
-    while abs(number) >= 999.5 and index < len(magnitudes) - 1:
-        number, index = number / 1000, index + 1
-    digits = 0 if abs(number) >= 99.95 or (index == 0 and number == int(number)) else 1 if abs(number) >= 9.995 else 2
-    return f"{number:.{digits}f}{magnitudes[index]}"
-
-
-def size(number: float | None) -> str:
-    return "n/a" if number is None else format_bytes(number)
-
-
-def fixed(number: float | None, digits: int = 4) -> str:
-    return "n/a" if number is None else f"{number:.{digits}f}"
-
-
-def duration(seconds: float | None) -> str:
-    """2 of d, h, m, s: 1d 4h, 3h 20m, 4m 05s, 12s."""
-    if seconds is None:
-        return "n/a"
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    for unit, length, lower, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if whole >= length:
-            return f"{whole // length}{unit} {whole % length // part:02d}{lower}"
-    return f"{whole}s"
 
 
 def geometry(value: Any) -> str:

@@ -31,14 +31,14 @@ from megatron.core.optimizer import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from growth_megatron.checkpoint.manifest import Multipliers
-from growth_megatron.checkpoint.optimizer_groups import (
+from growth_megatron.checkpoint.folder.manifest import Multipliers
+from growth_megatron.checkpoint.torch_dist.live_model import FORMAT
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import (
     EPSILON,
     check_multipliers,
     group_overrides,
     without_layer_number,
 )
-from growth_megatron.checkpoint.sharded import FORMAT
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.model.llama import build_model_chunks
 

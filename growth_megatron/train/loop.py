@@ -16,16 +16,16 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
-from growth_megatron.checkpoint.manifest import FileEntry, Manifest, checksum_files, library_version
-from growth_megatron.checkpoint.run_directory import RunDirectory
-from growth_megatron.checkpoint.sharded import Saver
-from growth_megatron.config.cost import flops_per_token
+from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, checksum_files, library_version
+from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+from growth_megatron.checkpoint.torch_dist.live_model import Saver
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.data.dataset import Stream, ValidationSet
 from growth_megatron.data.loader import BatchLoader, validation_batches
 from growth_megatron.errors import GrowthMegatronError
-from growth_megatron.parallel import process_groups
+from growth_megatron.model.cost import flops_per_token
+from growth_megatron.parallel import collectives
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
 from growth_megatron.train.metrics import Metrics
@@ -91,7 +91,7 @@ class StageLoop:
             parallel_state.get_data_parallel_world_size(),
         )
         with loader:
-            stopped = process_groups.any_rank(self.context.stop.requested)
+            stopped = collectives.any_rank(self.context.stop.requested)
             self._restart_window()
             while not stopped and not self.progress.ends_stage(self.config):
                 stopped = self._step(loader)
@@ -179,7 +179,7 @@ class StageLoop:
             mfu=mfu(flops_per_s, peak),
             step_time_s=seconds,
             data_time_s=data_s,
-            memory_bytes=int(process_groups.largest(_memory_bytes())),
+            memory_bytes=int(collectives.largest(_memory_bytes())),
         )
 
     def _peak_flops_per_s(self) -> float | None:
@@ -197,7 +197,7 @@ class StageLoop:
         self._commit_pending(wait=True)
         started = time.perf_counter()
         directory, step = self.context.directory, self.progress.step
-        folder: Path = process_groups.on_rank_zero(lambda: directory.begin(step))
+        folder: Path = collectives.on_rank_zero(lambda: directory.begin(step))
         with self.engine.gathered_parameters():
             self._saver.save(folder, self.engine.models, self.engine.optimizer, in_background)
         self._pending = _Pending(folder, self._manifest(), started, time.perf_counter() - started)
@@ -214,7 +214,7 @@ class StageLoop:
             return
         if pending.checksums is None:  # just written; summed beside training
             pending.checksums = self._summing.submit(_checksum_own_files, pending.folder)
-        if not wait and process_groups.any_rank(not pending.checksums.done()):
+        if not wait and collectives.any_rank(not pending.checksums.done()):
             return
         self._pending = None
         directory, settings = self.context.directory, self.config.checkpoint
@@ -228,7 +228,7 @@ class StageLoop:
 
         commit_started = time.perf_counter()
         checksums = _gather_checksums(pending.checksums)
-        path, size_bytes = process_groups.on_rank_zero(commit)
+        path, size_bytes = collectives.on_rank_zero(commit)
         ended = time.perf_counter()
         self.context.metrics.log(
             "checkpoint",
@@ -281,7 +281,7 @@ def _checksum_own_files(folder: Path) -> dict[str, FileEntry]:
 def _gather_checksums(own: Future[dict[str, FileEntry]]) -> dict[str, FileEntry]:
     """The checksums of all ranks, on all ranks."""
     gathered: list[dict[str, FileEntry]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, process_groups.on_all_ranks(own.result))
+    torch.distributed.all_gather_object(gathered, collectives.on_all_ranks(own.result))
     return {name: entry for entries in gathered for name, entry in entries.items()}
 
 

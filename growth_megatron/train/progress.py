@@ -1,16 +1,16 @@
 """Where a run stands, as values.
 
 Owns: the counters of a run and their arithmetic.
-Does not own: their storage (``checkpoint.manifest``).
+Does not own: their storage (``checkpoint.folder.manifest``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from growth_megatron.checkpoint.manifest import Manifest
-from growth_megatron.config.cost import flops_per_token
+from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.model.cost import flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)

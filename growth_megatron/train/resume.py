@@ -12,14 +12,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from growth_megatron.checkpoint.manifest import Manifest, checksum_files
-from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
-from growth_megatron.config.growth import GEOMETRY_FIELDS, growth_problems
+from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files
+from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, load_config
 from growth_megatron.config.schema import ModelConfig, RunConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
-from growth_megatron.parallel import process_groups
+from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
+from growth_megatron.parallel import collectives
 
 NEXT_LAYOUT_NAME = "next_layout.json"
 
@@ -30,8 +30,8 @@ def contents_are_sound(choice: ResumeChoice) -> bool:
     assert choice.manifest is not None
     folder, expected = choice.path, choice.manifest.files
     own = sorted(expected)[dist.get_rank() :: dist.get_world_size()]
-    found = process_groups.on_all_ranks(lambda: checksum_files(folder, own))
-    return not process_groups.any_rank(any(found[name] != expected[name] for name in own))
+    found = collectives.on_all_ranks(lambda: checksum_files(folder, own))
+    return not collectives.any_rank(any(found[name] != expected[name] for name in own))
 
 
 def open_run(directory: RunDirectory, loaded: LoadedConfig, full: bool = False) -> ResumeChoice:
@@ -78,9 +78,9 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
         remedy = "Give model: the checkpoint's values, or choose another run.directory"
         if not growth_problems(manifest.geometry, stage.model, GrowthConfig()):
             settings = " ".join(
-                f"{key}={getattr(stage.model, attribute)}"
-                for key, attribute in GEOMETRY_FIELDS.items()
-                if getattr(stage.model, attribute) != getattr(manifest.geometry, attribute)
+                f"{key}={getattr(stage.model, key)}"
+                for key in GEOMETRY_FIELDS
+                if getattr(stage.model, key) != getattr(manifest.geometry, key)
             )
             remedy += f", or grow the checkpoint: growth-megatron grow {path} TARGET --set {settings}"
         raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
@@ -94,8 +94,7 @@ def geometry_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
 
 def _geometry(model: ModelConfig) -> dict[str, Any]:
     fields = model.model_dump(exclude={"init_std", "vocab_multiple", "vocab_size"})
-    resolved = {"num_query_groups": model.query_groups, "head_dim": model.kv_channels}
-    return {**fields, **resolved, "padded_vocab_size": model.padded_vocab_size}
+    return {**fields, "padded_vocab_size": model.padded_vocab_size}
 
 
 def _show_changes(path: Path, config: RunConfig) -> None:

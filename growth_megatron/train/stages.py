@@ -19,26 +19,26 @@ from typing import Any
 import torch
 
 from growth_megatron.checkpoint.describe import describe_options, geometry_changes
-from growth_megatron.checkpoint.manifest import Manifest, read_manifest, record_validation_losses
-from growth_megatron.checkpoint.optimizer_groups import describe_multipliers
-from growth_megatron.checkpoint.progress_bar import bytes_progress
-from growth_megatron.checkpoint.run_directory import ResumeChoice, RunDirectory
-from growth_megatron.checkpoint.sharded import load_into_model, pour_into_model
+from growth_megatron.checkpoint.folder.manifest import Manifest, read_manifest, record_validation_losses
+from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
-from growth_megatron.config.cost import flops_per_token
-from growth_megatron.config.layers import connection_rate
 from growth_megatron.config.load import LoadedConfig
-from growth_megatron.config.render import format_bytes
+from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.units import format_bytes
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
 from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
+from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
+from growth_megatron.model.cost import flops_per_token
 from growth_megatron.model.init import InitSource
-from growth_megatron.parallel import process_groups
+from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
@@ -53,24 +53,24 @@ def train(loaded: LoadedConfig) -> int:
     Raises: GrowthMegatronError, on all ranks alike.
     """
     config = loaded.config
-    world_size = process_groups.world_size_from_environment()
+    world_size = collectives.world_size_from_environment()
     for index in range(len(config.stages)):
         check_world_size(config, index, required_world_size(config, index, world_size))
-    rank = process_groups.rank_from_environment()
+    rank = collectives.rank_from_environment()
     stop = StopRequest(rank)
     stop.install()
     started = process_groups.start()
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()
     try:
-        choice = process_groups.on_rank_zero(lambda: open_run(directory, loaded))
+        choice = collectives.on_rank_zero(lambda: open_run(directory, loaded))
         if choice.path is not None and not contents_are_sound(choice):
-            choice = process_groups.on_rank_zero(lambda: open_run(directory, loaded, full=True))
+            choice = collectives.on_rank_zero(lambda: open_run(directory, loaded, full=True))
         log = open_rank_log(directory.path, rank)
         watchdog = Watchdog(log)
         watchdog.alive()
         loggers: list[Metrics] = []
-        process_groups.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
+        collectives.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
         metrics = loggers[0] if loggers else metrics
         context = _context(loaded, directory, metrics, stop, watchdog, world_size)
         _rewind(context, choice)
@@ -115,11 +115,11 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
         else:
             wanted = required_world_size(config, progress.stage, context.world_size)
             if wanted != context.world_size:
-                return process_groups.on_rank_zero(partial(_hand_over, context, progress, wanted))
+                return collectives.on_rank_zero(partial(_hand_over, context, progress, wanted))
             if not _train_stage(context, choice, progress, growth):
                 return EXIT_STOPPED_EARLY
             growth = None
-        choice = process_groups.on_rank_zero(lambda: context.directory.choose_resume("must"))
+        choice = collectives.on_rank_zero(lambda: context.directory.choose_resume("must"))
 
 
 def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, growth: GrowthResult | None) -> bool:
@@ -140,9 +140,9 @@ def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, 
     loop = StageLoop(context, engine, choice.manifest, progress)
     context.watchdog.alive()
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
-        if not process_groups.on_rank_zero(partial(_growth_is_recorded, context, choice.manifest)):
+        if not collectives.on_rank_zero(partial(_growth_is_recorded, context, choice.manifest)):
             _record_growth(context, choice.path, choice.manifest, loop.validate(), growth)
-        loop.adopt(process_groups.on_rank_zero(partial(read_manifest, choice.path)))
+        loop.adopt(collectives.on_rank_zero(partial(read_manifest, choice.path)))
     finished = loop.run()
     engine.close()
     del loop, engine  # before the next stage allocates
@@ -164,7 +164,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
 
         def report(done: int, total: int) -> None:
             context.watchdog.alive()
-            if process_groups.rank_from_environment() == 0:
+            if collectives.rank_from_environment() == 0:
                 progress(done, total)
 
         result = grow_checkpoint(
@@ -176,7 +176,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
             config_hash=context.loaded.hash,
             progress=report,
         )
-    process_groups.on_rank_zero(partial(_announce_growth, context, manifest, plan, stage.growth.state_policy, result))
+    collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, stage.growth.state_policy, result))
     return result
 
 
@@ -229,7 +229,7 @@ def _record_growth(
             bytes_written=growth.bytes_written if growth else None,
         )
 
-    process_groups.on_rank_zero(update)
+    collectives.on_rank_zero(update)
 
 
 def _records(context: RunContext) -> list[dict[str, Any]]:
@@ -264,20 +264,20 @@ def _context(
     config = loaded.config
     cache = Path(config.data.cache_directory or directory.path / "data_cache")
     model = config.stages[0].model
-    process_groups.on_all_ranks(lambda: check_data(config.data, model.vocab_size))
+    collectives.on_all_ranks(lambda: check_data(config.data, model.vocab_size))
     return RunContext(
         loaded,
         directory,
         metrics,
         stop,
         watchdog,
-        process_groups.on_all_ranks(
+        collectives.on_all_ranks(
             lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
         ),
-        process_groups.on_all_ranks(
+        collectives.on_all_ranks(
             lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
         ),
-        process_groups.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed)),
+        collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed)),
         world_size,
     )
 
@@ -285,13 +285,13 @@ def _context(
 def _rewind(context: RunContext, choice: ResumeChoice) -> None:
     manifest = choice.manifest
     if manifest is None:
-        process_groups.on_rank_zero(partial(context.metrics.rewind, -1))
+        collectives.on_rank_zero(partial(context.metrics.rewind, -1))
         return
     if manifest.data_fingerprint is not None:
         check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint))
     progress = Progress.of_manifest(manifest)
     ends_stage = progress.ends_stage(context.loaded.config)
-    process_groups.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
+    collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
 
 
 def _hand_over(context: RunContext, progress: Progress, world_size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from growth_megatron.checkpoint.files import FileOperations
+from growth_megatron.checkpoint.folder.files import FileOperations
 
 
 class Killed(BaseException):

@@ -17,20 +17,20 @@ from growth_megatron.checkpoint.describe import (
     render_description,
     verify_files,
 )
-from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
     GrowthRecord,
     read_manifest,
     record_validation_losses,
 )
-from growth_megatron.config.cost import parameter_count
-from growth_megatron.config.layers import parse_layers, stack_layers
+from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.config.schema import ParallelConfig
 from growth_megatron.errors import CheckpointError, NothingValidError
 from growth_megatron.growth.execute import grow_checkpoint
+from growth_megatron.growth.layers import parse_layers, stack_layers
 from growth_megatron.growth.plan import plan_depth
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.cost import parameter_count
 from tests.checkpoint.huggingface_models import CASES, write_llama
 from tests.checkpoint.written import PREFIXES, geometry, manifest_of, write_checkpoint
 

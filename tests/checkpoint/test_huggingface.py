@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.huggingface import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
-from growth_megatron.checkpoint.source import Region
+from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
 from growth_megatron.errors import CheckpointError
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.reference import reference_logits
+from growth_megatron.model.tensors import Region
 from tests.checkpoint.huggingface_models import CASES, difference, edit_json, logits_of, prompt, write_llama
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -61,7 +61,7 @@ def test_all_tensors_are_there_with_their_shapes_and_stored_type(folders: dict[s
 
 def test_the_geometry_is_that_of_the_configuration(folders: dict[str, Path]) -> None:
     model = HuggingFaceCheckpoint(folders["heads wider than hidden / heads"]).geometry
-    assert (model.kv_channels, model.query_groups, model.rope_base, model.norm_epsilon) == (24, 2, 500.0, 1e-5)
+    assert (model.head_dim, model.num_query_groups, model.rope_base, model.norm_epsilon) == (24, 2, 500.0, 1e-5)
     assert (model.sequence_length, model.ffn_hidden_size, model.init_std, model.tie_embeddings) == (32, 80, 0.2, False)
     assert (model.vocab_size, model.vocab_multiple, model.padded_vocab_size) == (100, 4, 100)
     assert HuggingFaceCheckpoint(folders["MQA, vocabulary of 128s"]).geometry.vocab_multiple == 128
@@ -74,7 +74,7 @@ def test_a_configuration_of_transformers_4_is_understood(plain: Path) -> None:
     del config["rope_parameters"], config["head_dim"]
     (plain / "config.json").write_text(json.dumps({**config, "rope_theta": 777.0, "rope_scaling": None}))
     assert HuggingFaceCheckpoint(plain).geometry.rope_base == 777.0
-    assert HuggingFaceCheckpoint(plain).geometry.kv_channels == 12
+    assert HuggingFaceCheckpoint(plain).geometry.head_dim == 12
 
 
 def test_mistral_without_sliding_window_is_the_same_model(tmp_path: Path) -> None:

@@ -16,17 +16,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint import huggingface_export
-from growth_megatron.checkpoint.files import FileOperations
-from growth_megatron.checkpoint.huggingface import INDEX_NAME, HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface_export import ExportedWeights, export_huggingface
-from growth_megatron.checkpoint.huggingface_tokenizer import tokenizer_files
-from growth_megatron.checkpoint.source import MASTER_PREFIX, DistCheckpoint, Region, TensorSpec
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.huggingface import writer as huggingface_export
+from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, HuggingFaceCheckpoint
+from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
+from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from growth_megatron.errors import CheckpointError
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.reference import reference_logits
+from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSpec
 from tests.checkpoint.huggingface_models import CASES, SIZES, difference, logits_of, prompt, write_llama
 from tests.checkpoint.written import geometry, write_checkpoint
 

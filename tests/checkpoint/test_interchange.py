@@ -13,17 +13,18 @@ import torch
 import yaml
 
 from growth_megatron.__main__ import _parser, main
-from growth_megatron.checkpoint import huggingface_verify
-from growth_megatron.checkpoint.huggingface import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface_export import ExportedWeights
-from growth_megatron.checkpoint.huggingface_tokenizer import tokenizer_files
+from growth_megatron.checkpoint.folder.manifest import read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
+from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
+from growth_megatron.checkpoint.huggingface.writer import ExportedWeights
 from growth_megatron.checkpoint.interchange import locate_source
-from growth_megatron.checkpoint.manifest import read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.progress_bar import bytes_progress
-from growth_megatron.checkpoint.source import DistCheckpoint, split_state_key
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, CheckpointError
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import split_state_key
 from tests.checkpoint.huggingface_models import edit_json, logits_of, write_llama
 from tests.checkpoint.interchange_workers import FIRST_VALIDATION
 from tests.checkpoint.test_huggingface_export import assert_same, tensors_of

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.manifest import (
     GrowthRecord,
     Manifest,
     checksum_files,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from growth_megatron.checkpoint.manifest import Multipliers
-from growth_megatron.checkpoint.optimizer_groups import (
+from growth_megatron.checkpoint.folder.manifest import Multipliers
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import (
     describe_multipliers,
     fresh_common,
     regroup,

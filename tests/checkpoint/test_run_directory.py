@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from growth_megatron.checkpoint.files import FileOperations
-from growth_megatron.checkpoint.manifest import FileEntry, read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.run_directory import CheckpointName, RunDirectory
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import FileEntry, read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.folder.run_directory import CheckpointName, RunDirectory
 from growth_megatron.errors import CheckpointError, ConfigError, NothingValidError
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import geometry, manifest_of

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 
-from growth_megatron.checkpoint.source import DistCheckpoint, TensorSpec, read_common, read_metadata
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common, read_metadata
 from growth_megatron.errors import CheckpointError
+from growth_megatron.model.tensors import TensorSpec
 from tests.checkpoint.written import extra_states, geometry, model_tensors, write_checkpoint, write_distributed
 
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"

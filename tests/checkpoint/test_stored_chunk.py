@@ -16,19 +16,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint import source as source_module
-from growth_megatron.checkpoint import stored_chunk
-from growth_megatron.checkpoint.source import (
+from growth_megatron.checkpoint.torch_dist import reader as source_module
+from growth_megatron.checkpoint.torch_dist import stored_chunk
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.checkpoint.torch_dist.stored_chunk import NotPlainError, StoredTensor, locate_tensor, read_region
+from growth_megatron.errors import CheckpointError
+from growth_megatron.model.tensors import (
     FIRST_MOMENT_PREFIX,
     MASTER_PREFIX,
     SECOND_MOMENT_PREFIX,
-    DistCheckpoint,
     TensorSpec,
     WithFreshOptimizer,
     whole,
 )
-from growth_megatron.checkpoint.stored_chunk import NotPlainError, StoredTensor, locate_tensor, read_region
-from growth_megatron.errors import CheckpointError
 from tests.checkpoint.written import geometry, model_tensors, write_checkpoint, write_distributed
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]

@@ -18,25 +18,24 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from growth_megatron.checkpoint import data_files, writer
-from growth_megatron.checkpoint.chunk_planner import plan_items
-from growth_megatron.checkpoint.commit import temporary_path
-from growth_megatron.checkpoint.data_files import groups_of, item_bytes, share
-from growth_megatron.checkpoint.files import FileOperations
-from growth_megatron.checkpoint.manifest import read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.source import (
+from growth_megatron.checkpoint.folder.commit import temporary_path
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.torch_dist import data_files, writer
+from growth_megatron.checkpoint.torch_dist.chunk_planner import plan_items
+from growth_megatron.checkpoint.torch_dist.data_files import groups_of, item_bytes, share
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.errors import CheckpointError, GrowthError
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import (
     FIRST_MOMENT_PREFIX,
     MASTER_PREFIX,
     STATE_PREFIXES,
-    DistCheckpoint,
     Region,
     TensorSpec,
     WithFreshOptimizer,
-    read_common,
     split_state_key,
 )
-from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.model.geometry import tensor_shapes
 from tests.checkpoint.write_jobs import COMMON, ComputedSource, assert_holds, write
 from tests.checkpoint.written import extra_states, geometry, manifest_of, model_tensors, write_distributed
 from tests.ranks import ROOT, environment, run_ranks

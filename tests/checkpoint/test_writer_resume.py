@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from growth_megatron.checkpoint import commit
-from growth_megatron.checkpoint.commit import (
+from growth_megatron.checkpoint.folder import commit
+from growth_megatron.checkpoint.folder.commit import (
     JOURNAL_FOLDER,
     UNFINISHED_FOLDER,
     begin_folder,
     recover_folder,
     temporary_path,
 )
-from growth_megatron.checkpoint.files import FileOperations
-from growth_megatron.checkpoint.manifest import validate_checkpoint
-from growth_megatron.checkpoint.run_directory import RunDirectory
-from growth_megatron.checkpoint.source import DistCheckpoint
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import validate_checkpoint
+from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.write_jobs import ComputedSource, assert_holds, write
 from tests.checkpoint.written import geometry

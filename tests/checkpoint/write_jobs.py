@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.source import DistCheckpoint, Region, TensorSpec
-from growth_megatron.checkpoint.writer import WriteResult, write_checkpoint
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthMegatronError
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import Region, TensorSpec
 from tests.checkpoint.written import PREFIXES, extra_states, geometry, manifest_of
 
 MEGATRON_MODEL = {"num_layers": 2}
@@ -108,8 +109,8 @@ def _outcome(target: Path, source: ComputedSource) -> dict[str, Any]:
 
 def train_write_load(folder: str, layouts: dict[str, Any]) -> None:
     """Train at TP2, write the checkpoint again as ``folder/written``, load that at ``layouts`` and save it anew."""
-    from growth_megatron.checkpoint.manifest import read_manifest
-    from growth_megatron.checkpoint.source import read_common
+    from growth_megatron.checkpoint.folder.manifest import read_manifest
+    from growth_megatron.checkpoint.torch_dist.reader import read_common
     from tests.workers import load_and_save_all, save_at
 
     save_at({"tensor_parallel_size": 2}, f"{folder}/run", MEGATRON_MODEL, steps=2)

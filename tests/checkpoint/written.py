@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_files, write_manifest
+from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files, list_files, write_manifest
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
-from growth_megatron.model.geometry import LAYER_PREFIX, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
 
 PREFIXES = ("", "optimizer.state.param.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from growth_megatron.config.cost import head_saved_bytes, layer_saved_bytes, rank_memory
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
-from growth_megatron.parallel import process_groups
+from growth_megatron.model.cost import head_saved_bytes, layer_saved_bytes, rank_memory
+from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Engine
 
 SEQUENCE, BATCH, LAYERS = 64, 2, 4
@@ -101,7 +101,7 @@ def activations(config: StageConfig) -> list[int]:
 def main() -> None:
     tensor, pipeline, chunks = (int(word) for word in (*sys.argv[1:], "1")[:3])
     process_groups.start()
-    found: dict[str, object] = {"rank": process_groups.rank_from_environment()}
+    found: dict[str, object] = {"rank": collectives.rank_from_environment()}
     for precision, tied in (("bf16", False), ("fp32", True)):
         found[f"{precision} states"] = states(stage(tensor, pipeline, chunks, precision, "none", tied))
         for recompute in ("none", "selective", "full") if dist.get_world_size() == 1 else ():

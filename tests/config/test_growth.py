@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from growth_megatron.config.growth import check_growth, growth_problems, width_changes, zero_width_norm_epsilon
 from growth_megatron.config.growth_schema import BOTH_OPERATORS, DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import EXIT_USAGE, GrowthError
+from growth_megatron.growth.conditions import check_growth, growth_problems, width_changes, zero_width_norm_epsilon
 
 
 def model(**changes: Any) -> ModelConfig:

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.config.layers import (
+from growth_megatron.errors import ConfigError
+from growth_megatron.growth.layers import (
     MAX_LAYERS,
     connection_rate,
     parse_layers,
     resolve_layers,
     stack_layers,
 )
-from growth_megatron.errors import ConfigError
 
 PAPER = {
     "123456*4": "123456" * 4,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_files, write_manifest
-from growth_megatron.checkpoint.sharded import Saver, load_into_model
+from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files, list_files, write_manifest
+from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
-from growth_megatron.parallel import process_groups
+from growth_megatron.parallel import collectives
 from growth_megatron.train.engine import Engine
 from tests.workers import batches, fresh_engine, stage_of
 
@@ -36,7 +36,7 @@ def train_save_grow_load(
         for step in range(3):
             engine.train_step(batches(step, source), 1e-2)
         _save(engine, root / "source")
-    process_groups.on_rank_zero(lambda: _sign(root / "source", source))
+    collectives.on_rank_zero(lambda: _sign(root / "source", source))
     grown_model = source.model.model_copy(update={"num_layers": len(layers)})
     plan = plan_depth(source.model, grown_model, layers)
     for policy in ("reset", "carry"):
@@ -59,7 +59,7 @@ def _inner_groups(engine: Engine) -> list[dict[str, Any]]:
 
 
 def _save(engine: Engine, folder: Path) -> None:
-    process_groups.on_rank_zero(lambda: folder.mkdir(parents=True))
+    collectives.on_rank_zero(lambda: folder.mkdir(parents=True))
     Saver().save(folder, engine.models, engine.optimizer, in_background=False)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from growth_megatron.checkpoint.source import FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX, TensorSource, TensorSpec, whole
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import LAYER_PREFIX, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
 from growth_megatron.model.reference import reference_logits
+from growth_megatron.model.tensors import FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX, TensorSource, TensorSpec, whole
 
 QKV, PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
 FC1, FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from growth_megatron.config.growth import width_changes
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.growth.conditions import width_changes
 from tests.growth.in_memory import changed, small
 
 Growth = tuple[ModelConfig, tuple[ModelConfig, GrowthConfig]]
@@ -29,7 +29,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 @st.composite
 def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthConfig]:
     """A target and options out of all that copies along the width and keeps the function."""
-    groups, a_group = source.query_groups, source.num_attention_heads // source.query_groups
+    groups, a_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
     kind = draw(st.sampled_from(["keep", "heads", "groups", "both"]))
     if kind == "heads":
         a_group = draw(st.integers(a_group, 2 * a_group))
@@ -44,7 +44,7 @@ def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCo
         num_layers=source.num_layers + (draw(st.integers(0, 2)) if depth else 0),
         hidden_size=draw(st.integers(source.hidden_size, 3 * source.hidden_size)),
         ffn_hidden_size=draw(st.integers(source.ffn_hidden_size, 2 * source.ffn_hidden_size)),
-        head_dim=source.kv_channels * draw(st.integers(1, 2)),
+        head_dim=source.head_dim * draw(st.integers(1, 2)),
         num_attention_heads=groups * a_group,
         num_query_groups=groups,
         tie_embeddings=source.tie_embeddings and draw(st.booleans()),
@@ -62,8 +62,8 @@ def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCo
 @st.composite
 def adding(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthConfig]:
     """As ``copying``, for new coordinates that are zero or without a say."""
-    groups = source.query_groups + draw(st.integers(0, 2))
-    a_group = source.num_attention_heads // source.query_groups + draw(st.integers(0, 2))
+    groups = source.num_query_groups + draw(st.integers(0, 2))
+    a_group = source.num_attention_heads // source.num_query_groups + draw(st.integers(0, 2))
     hidden = draw(st.integers(source.hidden_size, 2 * source.hidden_size))
     scaled = source.norm_epsilon * source.hidden_size / hidden
     target = changed(
@@ -71,7 +71,7 @@ def adding(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCon
         num_layers=source.num_layers + draw(st.integers(0, 2)),
         hidden_size=hidden,
         ffn_hidden_size=draw(st.integers(source.ffn_hidden_size, 2 * source.ffn_hidden_size)),
-        head_dim=source.kv_channels * draw(st.integers(1, 2)),
+        head_dim=source.head_dim * draw(st.integers(1, 2)),
         num_attention_heads=groups * a_group,
         num_query_groups=groups,
         norm_epsilon=draw(st.sampled_from([source.norm_epsilon, scaled])),

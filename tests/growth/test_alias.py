@@ -11,22 +11,23 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from growth_megatron.checkpoint.files import FileOperations
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import (
     checksum_files,
     list_files,
     read_manifest,
     validate_checkpoint,
     write_manifest,
 )
-from growth_megatron.checkpoint.run_directory import RunDirectory
-from growth_megatron.checkpoint.source import DistCheckpoint, read_common, whole
-from growth_megatron.config.layers import parse_layers, stack_layers
+from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.execute import grow_checkpoint
+from growth_megatron.growth.layers import parse_layers, stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.tensors import whole
 from tests.checkpoint import written
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import (

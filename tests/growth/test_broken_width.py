@@ -51,12 +51,12 @@ def _without_stream_factors(plan: GrowthPlan) -> GrowthPlan:
 
 def _thirds(plan: GrowthPlan) -> GrowthPlan:
     """q, k and v taken for three blocks one above the other, in source and target."""
-    source, target, h = plan.source_geometry, plan.target_geometry, plan.source_geometry.kv_channels
+    source, target, h = plan.source_geometry, plan.target_geometry, plan.source_geometry.head_dim
     index, first = [], 0
     for before, after in (
         (source.num_attention_heads, target.num_attention_heads),
-        (source.query_groups, target.query_groups),
-        (source.query_groups, target.query_groups),
+        (source.num_query_groups, target.num_query_groups),
+        (source.num_query_groups, target.num_query_groups),
     ):
         index += [
             first + head * h + channel for head in spread(before, after, "interleaved").index for channel in range(h)
@@ -73,8 +73,8 @@ def _heads_in_another_order(plan: GrowthPlan) -> GrowthPlan:
 def _groups_in_another_order(plan: GrowthPlan) -> GrowthPlan:
     """Each group's queries stay, its k and v become those of another group."""
     rows = list(axis_of(plan, QKV, 0).index or ())
-    a_group = len(rows) // plan.target_geometry.query_groups
-    k_and_v = 2 * plan.target_geometry.kv_channels
+    a_group = len(rows) // plan.target_geometry.num_query_groups
+    k_and_v = 2 * plan.target_geometry.head_dim
     parts = [rows[start : start + a_group] for start in range(0, len(rows), a_group)]
     moved = [[*part[:-k_and_v], *parts[number - 1][-k_and_v:]] for number, part in enumerate(parts)]
     return with_axis(plan, QKV, 0, index=tuple(row for part in moved for row in part))
@@ -83,8 +83,8 @@ def _groups_in_another_order(plan: GrowthPlan) -> GrowthPlan:
 def _doubled_channels(plan: GrowthPlan) -> GrowthPlan:
     """Every channel beside its copy; q / sqrt(2), so that without rotation the scores would be right."""
     source = plan.source_geometry
-    h, m = source.kv_channels, source.num_attention_heads // source.query_groups
-    blocks = source.num_attention_heads + 2 * source.query_groups
+    h, m = source.head_dim, source.num_attention_heads // source.num_query_groups
+    blocks = source.num_attention_heads + 2 * source.num_query_groups
     index = tuple(block * h + channel // 2 for block in range(blocks) for channel in range(2 * h))
     scale = tuple(
         1 / math.sqrt(2) if block % (m + 2) < m else 1.0 for block in range(blocks) for _ in range(2 * h)

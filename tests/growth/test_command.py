@@ -16,18 +16,18 @@ import torch
 import yaml
 
 from growth_megatron.checkpoint.describe import growth_line
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.manifest import (
     checksum_files,
     list_files,
     read_manifest,
     validate_checkpoint,
     write_manifest,
 )
-from growth_megatron.checkpoint.source import DistCheckpoint
-from growth_megatron.config.layers import parse_layers
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.commands.grow import grow
+from growth_megatron.commands.growth_request import read_request
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, GrowthError, GrowthMegatronError, NothingValidError
-from growth_megatron.growth.command import grow
-from growth_megatron.growth.request import read_request
+from growth_megatron.growth.layers import parse_layers
 from tests.checkpoint.written import geometry, manifest_of, model_tensors, write_checkpoint, write_distributed
 from tests.command_line import run_commands
 
@@ -209,7 +209,7 @@ def test_a_fault_of_the_file_system_names_the_target(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "common.pt")
 
-    monkeypatch.setattr("growth_megatron.growth.command.grow_checkpoint", full)
+    monkeypatch.setattr("growth_megatron.commands.grow.grow_checkpoint", full)
     with pytest.raises(CheckpointError, match="grown: No space left on device"):
         _grow(source, tmp_path / "grown", "num_layers=6")
 
@@ -304,7 +304,7 @@ def test_two_growths_of_one_target_do_not_run_at_once(source: Path, tmp_path: Pa
 _HOLDING = """
 from pathlib import Path
 from time import sleep
-from growth_megatron.checkpoint.commit import exclusive
+from growth_megatron.checkpoint.folder.commit import exclusive
 with exclusive(Path({target!r})):
     print("held", flush=True)
     sleep(600)

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.source import MOMENT_PREFIXES, whole
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.layers import DEPTH_LISTS, connection_rate, gradual_layers, parse_layers
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.layers import DEPTH_LISTS, connection_rate, gradual_layers, parse_layers
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import layer_tensor_shapes, tensor_shapes
+from growth_megatron.model.architecture import layer_tensor_shapes, tensor_shapes
 from growth_megatron.model.init import InitSource
+from growth_megatron.model.tensors import MOMENT_PREFIXES, whole
 from tests.checkpoint.written import model_tensors
 from tests.growth.in_memory import (
     FC2,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from growth_megatron.checkpoint.interchange import import_hf, locate_source
-from growth_megatron.checkpoint.manifest import (
+from growth_megatron.checkpoint.folder.manifest import (
     Multipliers,
     checksum_files,
     list_files,
@@ -18,13 +17,15 @@ from growth_megatron.checkpoint.manifest import (
     validate_checkpoint,
     write_manifest,
 )
-from growth_megatron.checkpoint.source import MASTER_PREFIX, DistCheckpoint, read_common, whole
+from growth_megatron.checkpoint.interchange import import_hf, locate_source
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.tensors import MASTER_PREFIX, whole
 from tests.checkpoint.written import geometry, manifest_of, model_tensors, write_checkpoint, write_distributed
 
 SOURCE = geometry(2)
@@ -132,7 +133,7 @@ def test_multipliers_multiply_over_growths_and_end_with_a_reset(source: Path, tm
 
 
 def test_a_hugging_face_folder_grows_as_its_imported_checkpoint_does(source: Path, tmp_path: Path) -> None:
-    from growth_megatron.checkpoint.huggingface_export import export_huggingface
+    from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 
     located = locate_source(str(source))
     export_huggingface(located.source, SOURCE, tmp_path / "hf", dtype=torch.float32, tokenizer=None)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from growth_megatron.checkpoint.manifest import Multipliers
-from growth_megatron.checkpoint.source import MOMENT_PREFIXES
+from growth_megatron.checkpoint.folder.manifest import Multipliers
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import inexact_multipliers
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import MOMENT_PREFIXES
 from tests.growth.in_memory import (
     EMBEDDING,
     FC1,

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from growth_megatron.checkpoint.manifest import read_manifest
-from growth_megatron.checkpoint.source import DistCheckpoint, whole
+from growth_megatron.checkpoint.folder.manifest import read_manifest
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.model.init import InitSource
 from growth_megatron.model.reference import reference_logits
+from growth_megatron.model.tensors import whole
 from tests.ranks import run_ranks
 from tests.workers import SMALL
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from growth_megatron.checkpoint.source import FIRST_MOMENT_PREFIX, MOMENT_PREFIXES, SECOND_MOMENT_PREFIX
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import FIRST_MOMENT_PREFIX, MOMENT_PREFIXES, SECOND_MOMENT_PREFIX
 from tests.growth.in_memory import (
     EMBEDDING,
     FC1,

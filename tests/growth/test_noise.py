@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.source import MASTER_PREFIX, MOMENT_PREFIXES
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import MASTER_PREFIX, MOMENT_PREFIXES
 from tests.checkpoint.written import model_tensors
 from tests.growth.in_memory import (
     EMBEDDING,

@@ -9,18 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.source import (
-    FIRST_MOMENT_PREFIX,
-    MASTER_PREFIX,
-    SECOND_MOMENT_PREFIX,
-    TensorSpec,
-)
-from growth_megatron.config.layers import stack_layers
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.layers import stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import FIRST_MOMENT_PREFIX, MASTER_PREFIX, SECOND_MOMENT_PREFIX, TensorSpec
 from tests.checkpoint.written import geometry, model_tensors
 from tests.growth.in_memory import Tensors, everything
 

@@ -14,7 +14,7 @@ from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.growth.width import rotary_channels
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
 from tests.growth.in_memory import (
     FC1,
     FC2,
@@ -38,7 +38,7 @@ from tests.growth.models import Growth, steps
 
 def fused_rows(model: ModelConfig) -> list[tuple[str, int, int, int]]:
     """(q, k or v; group; head in the group; channel) of each row of the fused projection."""
-    groups, h = model.query_groups, model.kv_channels
+    groups, h = model.num_query_groups, model.head_dim
     rows = []
     for group in range(groups):
         a_group = model.num_attention_heads // groups
@@ -79,14 +79,14 @@ def _silent_ffn(plan: GrowthPlan) -> dict[str, Mask]:
 
 
 def _silent_groups(plan: GrowthPlan) -> dict[str, Mask]:
-    old, target = plan.source_geometry.query_groups, plan.target_geometry
+    old, target = plan.source_geometry.num_query_groups, plan.target_geometry
     rows = [kind in "qk" and group >= old for kind, group, _, _ in fused_rows(target)]
     return {QKV: (rows, False), PROJ: (False, [group >= old for group, _, _ in out_columns(target)])}
 
 
 def _silent_heads(plan: GrowthPlan) -> dict[str, Mask]:
     source = plan.source_geometry
-    groups, a_group = source.query_groups, source.num_attention_heads // source.query_groups
+    groups, a_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
     rows = [
         kind == "q" and group < groups and head >= a_group for kind, group, head, _ in fused_rows(plan.target_geometry)
     ]
@@ -94,12 +94,12 @@ def _silent_heads(plan: GrowthPlan) -> dict[str, Mask]:
 
 
 def _new_rotary(plan: GrowthPlan) -> list[bool]:
-    h, wide = plan.source_geometry.kv_channels, plan.target_geometry.kv_channels
+    h, wide = plan.source_geometry.head_dim, plan.target_geometry.head_dim
     return [channel < 0 for channel in rotary_channels(h, wide // h)]
 
 
 def _silent_channels(plan: GrowthPlan) -> dict[str, Mask]:
-    new, h, target = _new_rotary(plan), plan.source_geometry.kv_channels, plan.target_geometry
+    new, h, target = _new_rotary(plan), plan.source_geometry.head_dim, plan.target_geometry
     rows = [kind == "q" and new[channel] for kind, _, _, channel in fused_rows(target)]
     return {QKV: (rows, False), PROJ: (False, [channel >= h for _, _, channel in out_columns(target)])}
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from growth_megatron.checkpoint.source import MOMENT_PREFIXES, DistCheckpoint, split_state_key
-from growth_megatron.config.layers import stack_layers
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.execute import grow_checkpoint
+from growth_megatron.growth.layers import stack_layers
 from growth_megatron.growth.plan import plan_depth
-from growth_megatron.model.geometry import LAYER_PREFIX
+from growth_megatron.model.architecture import LAYER_PREFIX
+from growth_megatron.model.tensors import MOMENT_PREFIXES, split_state_key
 from tests.ranks import run_ranks
 from tests.workers import SMALL
 

@@ -13,9 +13,15 @@ import pytest
 import torch
 
 from growth_megatron.checkpoint.describe import Check
+from growth_megatron.checkpoint.folder.manifest import (
+    GrowthRecord,
+    checksum_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from growth_megatron.checkpoint.interchange import locate_source
-from growth_megatron.checkpoint.manifest import GrowthRecord, checksum_files, list_files, read_manifest, write_manifest
-from growth_megatron.checkpoint.source import DistCheckpoint, read_common
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, NothingValidError

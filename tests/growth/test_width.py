@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.checkpoint.manifest import GrowthRecord
+from growth_megatron.checkpoint.folder.manifest import GrowthRecord
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_growth, plan_of_record
@@ -273,10 +273,10 @@ CHANGES: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "hidden x3": lambda m: {"hidden_size": 36},
     "head_dim x2": lambda m: {"head_dim": 8},
     "heads only": lambda m: {"num_attention_heads": 12},
-    "groups with their heads": lambda m: {"num_attention_heads": 12, "num_query_groups": 2 * m.query_groups},
+    "groups with their heads": lambda m: {"num_attention_heads": 12, "num_query_groups": 2 * m.num_query_groups},
     "all": lambda m: {
         "hidden_size": 24, "ffn_hidden_size": 15, "head_dim": 8,
-        "num_attention_heads": 12, "num_query_groups": 2 * m.query_groups,
+        "num_attention_heads": 12, "num_query_groups": 2 * m.num_query_groups,
     },
 }  # fmt: skip
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from growth_megatron.checkpoint.manifest import validate_checkpoint
-from growth_megatron.checkpoint.source import MOMENT_PREFIXES, STATE_PREFIXES, DistCheckpoint, split_state_key, whole
+from growth_megatron.checkpoint.folder.manifest import validate_checkpoint
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import LAYER_PREFIX
+from growth_megatron.model.architecture import LAYER_PREFIX
+from growth_megatron.model.tensors import MOMENT_PREFIXES, STATE_PREFIXES, split_state_key, whole
 from tests.growth.width_workers import GROWTH, SEED, STEPS, plan
 from tests.ranks import run_ranks
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.manifest import Manifest, checksum_files, list_files, write_manifest
-from growth_megatron.checkpoint.sharded import Saver, load_into_model, pour_into_model
+from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files, list_files, write_manifest
+from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model, pour_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
@@ -16,7 +16,7 @@ from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.model.init import InitSource
-from growth_megatron.parallel import process_groups
+from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Engine
 from tests.workers import SMALL, batches, fresh_engine, stage_of
 
@@ -87,9 +87,9 @@ def _load_and_save(source: str, target: str, layout: dict[str, Any], grown: bool
 
 
 def _save(engine: Engine, stage: StageConfig, folder: Path) -> None:
-    process_groups.on_rank_zero(lambda: folder.mkdir(parents=True))
+    collectives.on_rank_zero(lambda: folder.mkdir(parents=True))
     Saver().save(folder, engine.models, engine.optimizer, in_background=False)
-    process_groups.on_rank_zero(lambda: _sign(folder, stage))
+    collectives.on_rank_zero(lambda: _sign(folder, stage))
 
 
 def _sign(folder: Path, stage: StageConfig) -> None:
@@ -103,7 +103,7 @@ def _sign(folder: Path, stage: StageConfig) -> None:
         flops=1.0,
         geometry=stage.model,
         layout=stage.parallel,
-        world_size=process_groups.world_size_from_environment(),
+        world_size=collectives.world_size_from_environment(),
         files=checksum_files(folder, list_files(folder)),
     )
     write_manifest(folder, manifest)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.init import InitSource
 from tests.ranks import run_ranks
 from tests.workers import SMALL

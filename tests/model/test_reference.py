@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.geometry import LAYER_PREFIX, layer_tensor_shapes, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, layer_tensor_shapes, tensor_shapes
 from growth_megatron.model.reference import reference_logits
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 60  # [b, s]
@@ -72,8 +72,8 @@ def _transformers_logits(tensors: _Tensors, model: ModelConfig, dtype: torch.dty
         intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.query_groups,
-        head_dim=model.kv_channels,
+        num_key_value_heads=model.num_query_groups,
+        head_dim=model.head_dim,
         rms_norm_eps=model.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_base},
         tie_word_embeddings=model.tie_embeddings,
@@ -93,7 +93,7 @@ def _transformers_state(tensors: _Tensors, model: ModelConfig) -> dict[str, torc
     }
     if not model.tie_embeddings:
         state["lm_head.weight"] = tensors["output_layer.weight"]
-    d, groups = model.kv_channels, model.query_groups
+    d, groups = model.head_dim, model.num_query_groups
     for number in range(model.num_layers):
         here, there = f"{LAYER_PREFIX}{number}.", f"model.layers.{number}."
         state[f"{there}input_layernorm.weight"] = tensors[f"{here}self_attention.linear_qkv.layer_norm_weight"]

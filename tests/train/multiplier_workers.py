@@ -11,22 +11,21 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from growth_megatron.checkpoint.manifest import Multipliers
-from growth_megatron.checkpoint.optimizer_groups import fresh_common, regroup
-from growth_megatron.checkpoint.sharded import Saver, load_into_model
-from growth_megatron.checkpoint.source import (
+from growth_megatron.checkpoint.folder.manifest import Multipliers
+from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common, regroup
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.config.schema import OptimizerConfig, StageConfig
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.init import InitSource
+from growth_megatron.model.tensors import (
     FIRST_MOMENT_PREFIX,
     MOMENT_PREFIXES,
     SECOND_MOMENT_PREFIX,
     STATE_PREFIXES,
-    DistCheckpoint,
-    read_common,
     whole,
 )
-from growth_megatron.config.schema import OptimizerConfig, StageConfig
-from growth_megatron.model.geometry import tensor_shapes
-from growth_megatron.model.init import InitSource
-from growth_megatron.parallel import process_groups
+from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Batch, Engine
 from tests.checkpoint.written import write_distributed
 from tests.workers import fresh_engine, stage_of
@@ -179,7 +178,7 @@ def _grown_run(folder: str, name: str, layout: dict[str, Any], number: int, with
         multipliers = {key: value.model_copy(update={without: 1.0}) for key, value in multipliers.items()}
     source, world = Path(folder) / name, torch.distributed.get_world_size()
     target = Path(folder) / f"{name}_grown_{world}_{number}"
-    process_groups.on_rank_zero(lambda: write_grown(source, target, tied, multipliers, without != "moments"))
+    collectives.on_rank_zero(lambda: write_grown(source, target, tied, multipliers, without != "moments"))
     with engine_with(stage_at(layout, {**GROWN, "tie_embeddings": tied}), multipliers) as engine:
         load_into_model(target, engine.models, engine.optimizer)
         return _losses(engine, STEPS_BEFORE, STEPS_AFTER)
@@ -211,8 +210,8 @@ def fresh_files(folder: str, cases: list[tuple[dict[str, Any], dict[str, Any], d
 def _settings_after_loads(target: Path, stage: StageConfig, multipliers: dict[str, Multipliers]) -> dict[str, Any]:
     """Load, step, save, load that and step: each of this rank's tensors' settings, and the groups in both files."""
     saved = target / "saved"
-    process_groups.on_rank_zero(lambda: _write_fresh(target, stage, multipliers))
-    process_groups.on_rank_zero(saved.mkdir)
+    collectives.on_rank_zero(lambda: _write_fresh(target, stage, multipliers))
+    collectives.on_rank_zero(saved.mkdir)
     with engine_with(stage, multipliers) as engine:
         load_into_model(target, engine.models, engine.optimizer)
         _losses(engine, 0, 1)
@@ -224,7 +223,7 @@ def _settings_after_loads(target: Path, stage: StageConfig, multipliers: dict[st
 
 def _losses_with_and_without(target: Path, stage: StageConfig) -> tuple[list[float], list[float]]:
     """Of a fresh model without multipliers: from a checkpoint, and from its initial weights."""
-    process_groups.on_rank_zero(lambda: _write_fresh(target, stage, {}))
+    collectives.on_rank_zero(lambda: _write_fresh(target, stage, {}))
     with engine_with(stage, {}) as engine:
         load_into_model(target, engine.models, engine.optimizer)
         loaded = _losses(engine, 0, 2)

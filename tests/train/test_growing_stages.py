@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from growth_megatron.checkpoint.manifest import read_manifest
-from growth_megatron.checkpoint.source import DistCheckpoint
+from growth_megatron.checkpoint.folder.manifest import read_manifest
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.load import load_config
 from growth_megatron.errors import ConfigError
 from growth_megatron.growth.verify import verify_checkpoints

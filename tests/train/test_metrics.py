@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console as RichConsole
 
 from growth_megatron.config.schema import LoggingConfig, WandbConfig
+from growth_megatron.config.units import count, duration
 from growth_megatron.errors import ConfigError, DataError
 from growth_megatron.train import trackers
-from growth_megatron.train.console import LineConsole, LiveConsole, Position, count, duration, event_line
+from growth_megatron.train.console import LineConsole, LiveConsole, Position, event_line
 from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
 
 STAGES = {"base": 20, "grown": 40}

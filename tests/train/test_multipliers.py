@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 
-from growth_megatron.checkpoint.manifest import Multipliers, read_manifest
-from growth_megatron.checkpoint.source import DistCheckpoint, whole
+from growth_megatron.checkpoint.folder.manifest import Multipliers, read_manifest
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import CheckpointError
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.geometry import tensor_shapes
+from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.tensors import whole
 from growth_megatron.train.engine import Engine
 from tests.conftest import write_growing_config
 from tests.ranks import run_ranks

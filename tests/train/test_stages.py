@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from growth_megatron.checkpoint.manifest import read_manifest
+from growth_megatron.checkpoint.folder.manifest import read_manifest
 from tests.conftest import write_growing_config
 from tests.ranks import ROOT, environment, run_ranks
 

@@ -1,0 +1,236 @@
+"""manifest.json: what a checkpoint is, and proof that it is whole.
+
+Owns: the manifest's fields, reading and writing it strictly, checksums, validation of a checkpoint folder.
+Does not own: when it is written (last, by ``checkpoint.folder.commit``), the tensors (``checkpoint.torch_dist``).
+
+Files are summed with SHA-256 from the standard library: with the SHA instructions of current CPUs it runs at 1.7 GB/s a
+core, close to CRC-32 (2.2) and well above BLAKE2b (0.6), and unlike CRC-32 it also identifies a content. hashlib
+releases the GIL, so files are summed in parallel by threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata as package_metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from growth_megatron.checkpoint.folder.files import PARTIAL_SUFFIX, FileOperations
+from growth_megatron.config.schema import ModelConfig, ParallelConfig
+from growth_megatron.config.section import NonNegativeFloat, NonNegativeInt
+from growth_megatron.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION: Literal[1] = 1
+REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
+"""megatron-core's own files, without which a checkpoint cannot be loaded."""
+
+_CHUNK_BYTES = 1 << 20
+_OWN_SUM = "manifest_sha256"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Strict):
+    """One file of a checkpoint."""
+
+    size_bytes: NonNegativeInt
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Multipliers(_Strict):
+    """Factors on the configured optimizer settings of one parameter.
+
+    A weight that is ``a`` times its source, in c copies, follows it under lr' = a lr, wd' = wd / a, eps' = eps / (a c).
+    """
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+    epsilon: float = 1.0
+
+
+class GrowthRecord(_Strict):
+    """One growth in the history of a checkpoint."""
+
+    operator: str
+    options: dict[str, Any] = {}
+    layers: tuple[NonNegativeInt, ...] | None = Field(None, description="source layer of each target layer")
+    optimizer_state: str = Field(description="what became of the moments: reset, carry, ...")
+    step: NonNegativeInt = Field(description="global step of the growth")
+    source: str = Field(description="path of the source checkpoint, as it was then")
+    source_manifest_sha256: str
+    source_geometry: ModelConfig
+    target_geometry: ModelConfig
+    seed: NonNegativeInt
+    library_version: str
+    validation_loss_before: float | None = None
+    validation_loss_after: float | None = None
+
+
+class Manifest(_Strict):
+    """What a checkpoint holds and where its run stood."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    library_version: str
+    step: NonNegativeInt = Field(description="optimizer steps over the whole run")
+    stage: NonNegativeInt
+    stage_step: NonNegativeInt
+    consumed_samples: NonNegativeInt
+    consumed_tokens: NonNegativeInt
+    flops: NonNegativeFloat = Field(description="cumulative over the run")
+    geometry: ModelConfig
+    layout: ParallelConfig = Field(description="the layout it was saved at; any other can load it")
+    world_size: NonNegativeInt
+    data_fingerprint: dict[str, Any] | None = None
+    config_hash: str | None = None
+    has_optimizer_state: bool = True
+    files: dict[str, FileEntry] = {}
+    multipliers: dict[str, Multipliers] = Field(
+        {}, description="by model key with the layer number written *; absent: 1. What a carried width growth asks for"
+    )
+    lineage: tuple[GrowthRecord, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the checkpoint: the sum of all fields, the files' sums included."""
+        return _sum_of_fields(self.model_dump(mode="json"))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files.values())
+
+
+def library_version() -> str:
+    """Version of the installed package; ``unknown`` in a checkout that is not installed."""
+    try:
+        return package_metadata.version("growth-megatron")
+    except package_metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_manifest(folder: Path, manifest: Manifest, files: FileOperations | None = None) -> None:
+    """Write ``manifest.json`` atomically and durably."""
+    fields = manifest.model_dump(mode="json")
+    fields[_OWN_SUM] = _sum_of_fields(fields)
+    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+    (files or FileOperations()).replace(folder / MANIFEST_NAME, text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, not JSON, of another format version, altered, or with wrong fields.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path} is missing: {folder} is no checkpoint of this library, or its save did not finish"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        raise CheckpointError(f"{path} has format version {version!r}; this library reads version {FORMAT_VERSION}")
+    own_sum = fields.pop(_OWN_SUM, None)
+    if own_sum != _sum_of_fields(fields):
+        raise CheckpointError(f"{path} does not match its own checksum; it is damaged or was edited")
+    try:
+        return Manifest.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+
+
+def record_validation_losses(
+    checkpoint: Path, before: float | None, after: float | None, files: FileOperations | None = None
+) -> Manifest:
+    """Note in the newest growth of a committed checkpoint the validation loss on both sides of it."""
+    manifest = read_manifest(checkpoint)
+    if not manifest.lineage:
+        raise CheckpointError(f"{checkpoint} was not grown, so it has no growth to note validation losses for")
+    losses = {"validation_loss_before": before, "validation_loss_after": after}
+    newest = manifest.lineage[-1].model_copy(update=losses)
+    noted = manifest.model_copy(update={"lineage": (*manifest.lineage[:-1], newest)})
+    write_manifest(checkpoint, noted, files)
+    return noted
+
+
+def validate_checkpoint(folder: Path, full: bool = False) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if it can.
+
+    Checks that the manifest is sound and that every file is there with its size; ``full`` also sums the contents.
+    """
+    if not folder.is_dir():
+        return "not a folder"
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{MANIFEST_NAME} cannot be read: {error.strerror}"
+    for name in REQUIRED_FILES:
+        if name not in manifest.files:
+            return f"{name} is not in the manifest"
+    for name, entry in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            return f"{name} is missing ({error.strerror})"
+        if size != entry.size_bytes:
+            return f"{name} has {size} bytes, the manifest says {entry.size_bytes}"
+    if full:
+        return _first_wrong_sum(folder, manifest)
+    return None
+
+
+def _first_wrong_sum(folder: Path, manifest: Manifest) -> str | None:
+    try:
+        sums = checksum_files(folder, manifest.files)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    for name, entry in manifest.files.items():
+        if sums[name].sha256 != entry.sha256:
+            return f"{name} does not match its checksum; its content changed after it was saved"
+    return None
+
+
+def list_files(folder: Path) -> list[str]:
+    """Relative names of all files of a checkpoint that a manifest answers for, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST_NAME and not name.endswith(PARTIAL_SUFFIX))
+
+
+def checksum_files(folder: Path, names: Iterable[str], threads: int = 8) -> dict[str, FileEntry]:
+    """Size and checksum of some files of a folder, summed in parallel.
+
+    On many nodes each can sum the files it wrote, and the union goes to ``checkpoint.folder.commit``.
+    """
+    ordered = list(names)
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        return dict(zip(ordered, pool.map(lambda name: _checksum(folder / name), ordered), strict=True))
+
+
+def _checksum(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size_bytes=size, sha256=digest.hexdigest())
+
+
+def _sum_of_fields(fields: dict[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

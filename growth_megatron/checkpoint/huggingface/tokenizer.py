@@ -1,0 +1,234 @@
+"""Tokenizer files of a Hugging Face folder, made from a SentencePiece model or taken over from another folder.
+
+Owns: tokenizer.json with the same ids as the SentencePiece model gives, and the files that go with it.
+Does not own: the SentencePiece model itself (``data.tokenizer``).
+
+Only byte-pair models without normalisation are translated; LLaMA's and those of ``train-tokenizer`` are such. Text that
+spells a special token (``</s>``) becomes that token in transformers, as everywhere there, and plain text here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, TokenIds, read_config
+from growth_megatron.config.schema import ModelConfig
+from growth_megatron.data.tokenizer import Tokenizer
+from growth_megatron.errors import CheckpointError
+
+MODEL_NAME = "tokenizer.model"
+COPIED_NAMES = (
+    "tokenizer.json",
+    MODEL_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+_SPACE = "\u2581"  # SentencePiece's mark of a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_BYTE_PAIRS = 2
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Files to be put into a folder: by content, or copied from where they lie; and the ids that config.json names."""
+
+    written: Mapping[str, bytes] = field(default_factory=dict)
+    copied: Mapping[str, Path] = field(default_factory=dict)
+    ids: TokenIds = field(default_factory=TokenIds)
+    origin: str | None = None
+
+
+def tokenizer_files(tokenizer: Path | None, geometry: ModelConfig) -> TokenizerFiles:
+    """The files for ``tokenizer``: a SentencePiece model, a Hugging Face folder, or nothing.
+
+    Raises:
+        CheckpointError: a SentencePiece model that cannot be translated, or one larger than the model's vocabulary.
+        DataError: a file that is not a SentencePiece model.
+    """
+    if tokenizer is None:
+        return TokenizerFiles()
+    if tokenizer.is_dir():
+        copied = {name: tokenizer / name for name in COPIED_NAMES if (tokenizer / name).is_file()}
+        ids = TokenIds.of_config(read_config(tokenizer)) if (tokenizer / CONFIG_NAME).is_file() else TokenIds()
+        return TokenizerFiles(copied=copied, ids=ids, origin=str(tokenizer) if copied else None)
+    model = SentencePieceModel(tokenizer)
+    if len(model.pieces) > geometry.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer} has {len(model.pieces)} entries, the model's vocabulary {geometry.vocab_size}; give the "
+            "tokenizer that the model was trained with"
+        )
+    documents = {
+        "tokenizer.json": tokenizer_json(model),
+        "tokenizer_config.json": _tokenizer_config(model, geometry),
+        "special_tokens_map.json": model.special_tokens,
+    }
+    written = {name: json.dumps(content, indent=1, ensure_ascii=False).encode() for name, content in documents.items()}
+    ids = TokenIds(model.id_or_none("bos_token"), model.id_or_none("eos_token"))
+    return TokenizerFiles(written, {MODEL_NAME: tokenizer}, ids, str(tokenizer))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    score: float
+    kind: int
+
+
+class SentencePieceModel:
+    """What is needed of a SentencePiece model file beyond what its library tells: scores and options.
+
+    Raises:
+        CheckpointError: from the constructor, for a model other than byte-pair without normalisation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        tokenizer = Tokenizer(path)  # refuses a damaged file
+        self.pieces: list[_Piece] = []
+        trainer: dict[int, Any] = {}
+        normalizer: dict[int, Any] = {}
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:
+                entry = dict(_fields(value))
+                score = struct.unpack("<f", entry[2])[0] if 2 in entry else 0.0
+                self.pieces.append(_Piece(entry.get(1, b"").decode(), score, entry.get(3, _NORMAL)))
+            elif number == 2:
+                trainer = dict(_fields(value))
+            elif number == 3:
+                normalizer = dict(_fields(value))
+        self.adds_prefix = bool(normalizer.get(3, 1))
+        self._ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": self._unknown_id()}
+        problems = []
+        if trainer.get(3, 1) != _BYTE_PAIRS:
+            problems.append("it is no byte-pair model")
+        if normalizer.get(2):
+            problems.append("it normalises characters")
+        if normalizer.get(4, 1):
+            problems.append("it removes extra spaces")
+        if trainer.get(24, 0) or not normalizer.get(5, 1):
+            problems.append("it marks spaces in another way")
+        if problems:
+            raise CheckpointError(
+                f"{path} cannot be written as tokenizer.json: {', '.join(problems)}; allowed: byte-pair models without "
+                "normalisation, as train-tokenizer makes them. Export without it and convert it yourself"
+            )
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Role -> piece, for the roles that the model has."""
+        return {role: self.pieces[number].text for role, number in self._ids.items() if number >= 0}
+
+    def id_or_none(self, role: str) -> int | None:
+        return self._ids[role] if self._ids[role] >= 0 else None
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """Pieces that are matched whole, before any merging."""
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        return [
+            {"id": number, "content": piece.text, **flags, "special": piece.kind != _USER_DEFINED}
+            for number, piece in enumerate(self.pieces)
+            if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+
+    def merges(self) -> list[list[str]]:
+        """Pairs in the order in which they are merged.
+
+        SentencePiece joins the neighbours whose union scores highest; so every pair that makes a piece ranks with it.
+        """
+        ids = {piece.text: number for number, piece in enumerate(self.pieces) if piece.kind == _NORMAL}
+        ranked = []
+        for text, number in ids.items():
+            pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+            known = [(ids[left], ids[right], left, right) for left, right in pairs if left in ids and right in ids]
+            ranked += [(-self.pieces[number].score, number, *pair) for pair in known]
+        return [[left, right] for *_, left, right in sorted(ranked)]
+
+    def _unknown_id(self) -> int:
+        return next((number for number, piece in enumerate(self.pieces) if piece.kind == _UNKNOWN), -1)
+
+
+def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
+    """tokenizer.json of the ``tokenizers`` library."""
+    to_mark: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    from_mark: dict[str, Any] = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    decoders: list[dict[str, Any]] = [from_mark, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if model.adds_prefix:
+        to_mark = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, to_mark]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": model.added_tokens,
+        "normalizer": to_mark,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": model.special_tokens.get("unk_token"),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(piece.kind == _BYTE for piece in model.pieces),
+            "ignore_merges": False,
+            "vocab": {piece.text: number for number, piece in enumerate(model.pieces)},
+            "merges": model.merges(),
+        },
+    }
+
+
+def _tokenizer_config(model: SentencePieceModel, geometry: ModelConfig) -> dict[str, Any]:
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": model.adds_prefix,
+        "added_tokens_decoder": {
+            str(entry["id"]): {name: value for name, value in entry.items() if name != "id"}
+            for entry in model.added_tokens
+        },
+        **model.special_tokens,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": geometry.sequence_length,
+        # LlamaTokenizer would build normalizer and decoder anew instead of reading tokenizer.json
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of a protocol buffer: numbers as int, all else as bytes."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+            yield number, value
+            continue
+        length = {1: 8, 5: 4}.get(wire)
+        if length is None:
+            length, position = _varint(data, position)
+        yield number, data[position : position + length]
+        position += length
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position

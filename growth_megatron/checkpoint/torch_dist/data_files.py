@@ -1,0 +1,329 @@
+"""Data files of a checkpoint that is being written: streamed, summed on the way, and noted when complete.
+
+Owns: a data file from its first chunk to its place in the temporary folder, its journal, the torch DCP storage writer
+that fills several at once by threads.
+Does not own: what is written (``checkpoint.torch_dist.writer``), the folder and its commit
+(``checkpoint.folder.commit``).
+
+A data file is written under ``.unfinished``, flushed to the disk, noted in ``.journal``, and only then moved into the
+folder: one that stands there is complete, with a note of what it holds. So a kill costs the files in progress alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from growth_megatron.checkpoint.folder.commit import JOURNAL_FOLDER, JOURNAL_SUFFIX, UNFINISHED_FOLDER
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import FileEntry, checksum_files
+from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
+from growth_megatron.errors import CheckpointError
+from growth_megatron.model.tensors import split_state_key
+
+_SLICE_BYTES = 1 << 20
+_FLUSH_BYTES = 1 << 24
+_TRIM_BYTES = 1 << 22
+_ABORTED = "aborted"
+
+
+class StoppedError(Exception):
+    """This writer stopped because another one failed."""
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """A complete data file: its sum, and where each item lies in it."""
+
+    entry: FileEntry
+    items: dict[MetadataIndex, _StorageInfo]
+
+
+def item_bytes(item: WriteItem) -> int:
+    """Size of an item's values, were all of them stored."""
+    if item.tensor_data is None:
+        return item.bytes_io_data.nbytes if item.bytes_io_data is not None else 0
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def groups_of(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+    """Runs of items that are the same rows of a weight and of its optimizer state."""
+
+    def rows(item: WriteItem) -> Any:
+        return split_state_key(item.index.fqn)[1], item.index.offset
+
+    return [list(group) for _, group in itertools.groupby(items, rows)]
+
+
+def share(groups: Sequence[list[WriteItem]], parts: int) -> list[list[list[WriteItem]]]:
+    """``groups`` in order, cut into ``parts`` of about the same bytes."""
+    sizes = [sum(map(item_bytes, group)) for group in groups]
+    shares: list[list[list[WriteItem]]] = [[] for _ in range(parts)]
+    before, total = 0, max(sum(sizes), 1)
+    for group, size in zip(groups, sizes, strict=True):
+        shares[min(parts - 1, (2 * before + size) * parts // (2 * total))].append(group)
+        before += size
+    return shares
+
+
+def read_journal(temporary: Path, fingerprint: str, items: Collection[WriteItem]) -> dict[str, FinishedFile]:
+    """Data files that an earlier attempt at the same job completed, by name; their content is not looked at.
+
+    Only files all of whose items are among ``items``, each item in one file.
+    """
+    planned = {item.index: _described(item) for item in items}
+    finished: dict[str, FinishedFile] = {}
+    taken: set[MetadataIndex] = set()
+    for path in sorted((temporary / JOURNAL_FOLDER).glob(f"*{JOURNAL_SUFFIX}")):
+        name = path.name.removesuffix(JOURNAL_SUFFIX)
+        try:
+            note = json.loads(path.read_bytes())
+            entry = FileEntry(**note["entry"])
+            found = {
+                MetadataIndex(key, offsets if offsets is None else torch.Size(offsets)): (described, at, length)
+                for key, offsets, described, at, length in note["items"]
+            }
+            is_sound = note["fingerprint"] == fingerprint and (temporary / name).stat().st_size == entry.size_bytes
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if is_sound and not taken & found.keys() and all(planned.get(i) == d for i, (d, _, _) in found.items()):
+            taken |= found.keys()
+            places = {index: _StorageInfo(name, at, length) for index, (_, at, length) in found.items()}
+            finished[name] = FinishedFile(entry, places)
+    return finished
+
+
+def sound_files(temporary: Path, finished: Mapping[str, FinishedFile], names: Collection[str]) -> list[str]:
+    """Those of ``names`` whose content has the noted sum."""
+    sums = checksum_files(temporary, names)
+    return [name for name in names if sums[name] == finished[name].entry]
+
+
+class ParallelWriter(StorageWriter):
+    """Writes the items of a torch DCP save plan into several files at once, one thread each.
+
+    Every file is closed when it has reached ``file_bytes``. What was written is in ``finished``.
+    """
+
+    def __init__(
+        self,
+        temporary: Path,
+        files: FileOperations,
+        fingerprint: str,
+        kept: Mapping[str, FinishedFile],
+        writers: int,
+        file_bytes: int,
+        done: Callable[[int], None],
+    ) -> None:
+        self.finished: dict[str, FinishedFile] = {}
+        self._folder, self._files, self._fingerprint, self._kept = temporary, files, fingerprint, kept
+        self._writers, self._file_bytes, self._done = writers, file_bytes, done
+        self._stop = threading.Event()
+        self._rank = 0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        raise NotImplementedError("one writer writes one checkpoint")
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._rank = kwargs.get("rank") or 0
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        self._done(0)
+        parts = share(groups_of(plan.items), self._writers)
+        with ThreadPoolExecutor(self._writers, thread_name_prefix="writer") as pool:
+            futures = [pool.submit(self._write, number, part, planner) for number, part in enumerate(parts)]
+            try:
+                errors = [future.exception() for future in futures]
+            except BaseException:  # such as an interrupt: the threads would go on to the end
+                self._stop.set()
+                raise
+        for error in sorted(filter(None, errors), key=lambda error: isinstance(error, StoppedError)):
+            raise error
+        outcome: Future[list[WriteResult]] = Future()
+        outcome.set_result([result for future in futures for result in future.result()])
+        return outcome
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = {result.index: result.storage_data for part in results for result in part}
+        for kept in self._kept.values():
+            written.update(kept.items)
+        metadata.storage_data = written
+        self._files.write(self._folder / METADATA_NAME, pickle.dumps(metadata))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+    def _write(self, writer: int, groups: list[list[WriteItem]], planner: SavePlanner) -> list[WriteResult]:
+        names = (f"__{self._rank}_{number}.distcp" for number in itertools.count(writer, self._writers))
+        results: list[WriteResult] = []
+        file: DataFile | None = None
+        try:
+            with _without_crc32():
+                for group in groups:
+                    self._check_stopped()
+                    if file is None:
+                        name = next(name for name in names if name not in self._kept)
+                        file = DataFile(self._folder, name, self._files)
+                    for item in group:
+                        results.append(file.append(item, planner.resolve_data(item)))
+                        if item_bytes(item) >= _TRIM_BYTES:
+                            _return_free_memory()
+                        self._done(item_bytes(item))
+                    if file.size >= self._file_bytes or group is groups[-1]:
+                        self.finished[name] = file.finish(self._fingerprint)
+                        file = None
+        except BaseException as error:
+            self._stop.set()
+            if not isinstance(error, StoppedError):
+                with suppress(OSError):  # on a full disk the first error is the one to show
+                    (self._folder / UNFINISHED_FOLDER / _ABORTED).touch()
+            raise
+        finally:
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+        return results
+
+    def _check_stopped(self) -> None:
+        """Looks for a failure of this rank's writers, and of other ranks, which now share nothing but the folder."""
+        if self._stop.is_set() or (self._folder / UNFINISHED_FOLDER / _ABORTED).exists():
+            raise StoppedError
+
+
+class DataFile:
+    """A data file that is being written."""
+
+    def __init__(self, temporary: Path, name: str, files: FileOperations) -> None:
+        self.size = 0
+        self._folder, self._name, self._files = temporary, name, files
+        self._path = temporary / UNFINISHED_FOLDER / name
+        self._items: dict[MetadataIndex, tuple[Any, _StorageInfo]] = {}
+        self._sum = hashlib.sha256()
+        self._flushed = 0
+        self._failure: OSError | None = None
+        with self._clear_errors():
+            self._file = open(self._path, "wb")  # noqa: SIM115 - closed by close()
+
+    def append(self, item: WriteItem, data: torch.Tensor | io.BytesIO) -> WriteResult:
+        start = self.size
+        with self._clear_errors():
+            if isinstance(data, io.BytesIO):
+                self.write(data.getbuffer())
+            else:
+                torch.save(data, self)  # type: ignore[arg-type]
+            if self._failure is not None:
+                raise self._failure
+        place = _StorageInfo(self._name, start, self.size - start)
+        self._items[item.index] = (_described(item), place)
+        return WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place)
+
+    def write(self, data: Any) -> int:
+        """What torch.save calls; it loses errors, so ``append`` raises them."""
+        view = memoryview(data).cast("B")
+        if self._failure is None:
+            try:
+                self._write_out(view)
+            except OSError as error:
+                self._failure = error
+        return len(view)
+
+    def flush(self) -> None:
+        """torch.save calls this at the end of each chunk; the file is flushed when it is full."""
+
+    def _write_out(self, view: memoryview) -> None:
+        for start in range(0, len(view), _SLICE_BYTES):
+            part = view[start : start + _SLICE_BYTES]
+            self._sum.update(part)
+            self._file.write(part)
+        self.size += len(view)
+        if self.size - self._flushed >= _FLUSH_BYTES:
+            # Starts writing to the disk now rather than all at once at the end; dirty pages are not dropped by it.
+            self._file.flush()
+            os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size
+
+    def finish(self, fingerprint: str) -> FinishedFile:
+        """Make the file durable, note it in the journal, and give it its place."""
+        entry = FileEntry(size_bytes=self.size, sha256=self._sum.hexdigest())
+        items = [
+            [index.fqn, None if index.offset is None else list(index.offset), described, place.offset, place.length]
+            for index, (described, place) in self._items.items()
+        ]
+        note = {"fingerprint": fingerprint, "entry": entry.model_dump(), "items": items}
+        with self._clear_errors():
+            self.close()
+            self._files.sync_file(self._path)
+            self._files.replace(
+                self._folder / JOURNAL_FOLDER / f"{self._name}{JOURNAL_SUFFIX}", json.dumps(note).encode()
+            )
+            self._files.rename(self._path, self._folder / self._name)
+            self._files.sync_directory(self._folder)
+        return FinishedFile(entry, {index: place for index, (_, place) in self._items.items()})
+
+    def close(self) -> None:
+        self._file.close()
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self._path}: {error.strerror or error}; what is complete is kept, so mend that and "
+                "give the same command again"
+            ) from error
+
+
+def _return_free_memory() -> None:
+    """Hand freed chunks back to the system: glibc keeps up to some 64 MiB of them for each thread."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Lets torch.save leave out each record's CRC-32 in this thread: torch reads none, and files are summed anyway."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _described(item: WriteItem) -> Any:
+    """What must agree for an item written earlier to be the one wanted: type, sizes and global shape."""
+    if item.tensor_data is None:
+        return [item_bytes(item)]
+    tensor = item.tensor_data
+    return [str(tensor.properties.dtype), list(tensor.chunk.sizes), list(tensor.size)]

@@ -1,0 +1,153 @@
+"""The live model and optimizer as a sharded state: poured from a source, saved, loaded.
+
+Owns: the calls of ``megatron.core.dist_checkpointing`` and the format options that go with them.
+Does not own: folders, manifests and which checkpoint is taken (``checkpoint.folder.run_directory``).
+
+The format is torch_dist with one key per layer and optimizer state as global tensors per parameter
+(``fully_reshardable``): the only one that loads at another tensor- or pipeline-parallel size, and the one that growth
+rules apply to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.errors import CheckpointError
+
+FORMAT: Mapping[str, Any] = MappingProxyType(
+    {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+)
+
+
+class ReadsRegions(Protocol):
+    """The part of a tensor source that a live model needs."""
+
+    def read(self, key: str, region: tuple[slice, ...]) -> torch.Tensor: ...
+
+
+def pour_into_model(source: ReadsRegions, chunks: Sequence[MegatronModule]) -> None:
+    """Fill every parameter of this rank's ``chunks`` with its region of ``source``; each rank reads only its shards."""
+    with torch.no_grad():
+        for shard in _tensor_shards(_model_state(chunks)):
+            region = tuple(
+                slice(start, start + length)
+                for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
+            )
+            assert shard.data is not None
+            shard.data.copy_(source.read(shard.key, region))
+
+
+class Saver:
+    """Writes checkpoints of one model and optimizer, in the foreground or behind training.
+
+    Every method must be called on all ranks alike.
+    """
+
+    def __init__(self) -> None:
+        self._queue = AsyncCallsQueue(persistent=False)
+
+    def save(
+        self, directory: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, in_background: bool
+    ) -> None:
+        """Write the sharded state into the empty folder ``directory``; with ``in_background``, only start to."""
+        model = _model_state(chunks)
+        state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=dict(FORMAT))}
+        strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
+        if parallel_state.get_data_parallel_world_size() > 1:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
+        request = dist_checkpointing.save(
+            state, str(directory), strategy, async_sharded_save=in_background, content_metadata=dict(FORMAT)
+        )
+        if in_background:
+            self._queue.schedule_async_request(request)
+
+    def finished(self, wait: bool) -> bool:
+        """Whether a background save has been written on all ranks; with ``wait``, returns only then.
+
+        True just once per save; False where none is under way.
+        """
+        if not self._queue.get_num_unfinalized_calls():
+            return False
+        return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
+
+    @property
+    def busy(self) -> bool:
+        return self._queue.get_num_unfinalized_calls() > 0
+
+
+def load_into_model(
+    directory: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer | None = None
+) -> None:
+    """Load weights, and with ``optimizer`` its masters and moments, at whatever layout this process group has.
+
+    Strict both ways: every tensor of the model is in the checkpoint with its global shape, and the other way round.
+
+    Raises: CheckpointError naming the tensors that do not fit.
+    """
+    model = _model_state(chunks)
+    state: dict[str, Any] = {"model": model}
+    _check_shapes(directory, _tensor_shards(model))
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(FORMAT))
+    strategy: Any = get_default_load_sharded_strategy(str(directory))
+    if parallel_state.get_data_parallel_world_size() > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
+    strict = StrictHandling.RAISE_ALL if optimizer is not None else StrictHandling.RAISE_UNEXPECTED
+    loaded = dist_checkpointing.load(state, str(directory), strategy, strict=strict)
+    for name, chunk in zip(model, chunks, strict=True):
+        chunk.load_state_dict(loaded["model"][name])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _model_state(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
+    # A dictionary of its own for each call: megatron-core stores the process groups of the moment in it.
+    return {f"chunk{i}": chunk.sharded_state_dict(metadata=dict(FORMAT)) for i, chunk in enumerate(chunks)}
+
+
+def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """The sharded tensors of ``state``, fused ones (gate and up) taken apart into views of their parameter."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from (part for part in nested_values(value.build()))
+        elif isinstance(value, ShardedTensor):
+            yield value
+        elif not isinstance(value, ShardedObject):
+            raise TypeError(f"unexpected {type(value).__name__} in a model's sharded state")
+
+
+def _check_shapes(directory: Path, shards: Iterator[ShardedTensor]) -> None:
+    """megatron-core pads embedding and output on a mismatch without a word; compare before it can."""
+    stored = DistCheckpoint(directory)
+    known, wrong = set(stored.keys()), []
+    for shard in shards:
+        if shard.key not in known:
+            wrong.append(f"{shard.key}: not in the checkpoint")
+        elif tuple(stored.spec(shard.key).shape) != tuple(shard.global_shape):
+            here, there = tuple(shard.global_shape), tuple(stored.spec(shard.key).shape)
+            wrong.append(f"{shard.key}: the model has {here}, the checkpoint {there}")
+    if wrong:
+        rest = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"{directory} does not hold this model: {'; '.join(wrong[:5])}{rest}. "
+            "Set model: to the checkpoint's geometry (growth-megatron inspect), or grow it with growth-megatron grow."
+        )

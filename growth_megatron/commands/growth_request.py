@@ -1,0 +1,156 @@
+"""What a growth asked for on the command line or in a GROWTH.yaml means, for a given source.
+
+Owns: the settings' names and values, the file's form, which of the source's sizes stay when others change.
+Does not own: what is possible (``growth.conditions``), the plan (``growth.plan``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
+from growth_megatron.errors import ConfigError, GrowthError
+from growth_megatron.growth.conditions import GEOMETRY_FIELDS
+from growth_megatron.growth.layers import parse_layers
+
+MODEL_SETTINGS = (*GEOMETRY_FIELDS, "tie_embeddings", "norm_epsilon")
+GROWTH_SETTINGS = ("order", "shares", "cancelling_noise", "noise", "multipliers")
+_GROWTH_KEYS = ("operator", "layers", "optimizer_state", *GROWTH_SETTINGS)
+_Section = TypeVar("_Section", GrowthConfig, ModelConfig)
+_FILE_KEYS = ("model", "growth", "seed")
+
+
+@dataclass(frozen=True)
+class GrowthRequest:
+    """Sizes to set, options of the growth as given, the seed."""
+
+    model: Mapping[str, Any]
+    growth: GrowthConfig
+    seed: int = 0
+
+    def resolve(self, source: ModelConfig) -> tuple[ModelConfig, GrowthConfig]:
+        """Target geometry and growth for a source.
+
+        What is not set stays, ``head_dim`` too: a wider hidden size alone does not widen the heads. A model with a
+        key/value head for every head stays one.
+
+        Raises:
+            GrowthError: nothing is asked for, or values that make no model or growth.
+        """
+        growth, changes = self.growth, dict(self.model)
+        if growth.layers is not None and "num_layers" not in changes:
+            count = _count(growth.layers, source.num_layers)
+            if count < source.num_layers:
+                raise GrowthError(
+                    f"layers {growth.layers!r} names {count} of the source's {source.num_layers} layers; if fewer are "
+                    f"meant, set num_layers={count} too; for a number of layers write --set num_layers=N"
+                )
+            changes["num_layers"] = count
+        if not changes and not growth.noise:
+            raise GrowthError("say what is to grow: --set num_layers=24 hidden_size=2048, or --layers 0,1,0,1")
+        fields = source.model_dump()
+        if source.num_query_groups == source.num_attention_heads:
+            fields.pop("num_query_groups")
+        target = _validated(ModelConfig, {**fields, **changes}, "model")
+        return target, growth
+
+
+def read_request(
+    config: Path | None,
+    *,
+    settings: Sequence[str],
+    operator: str | None,
+    layers: str | None,
+    optimizer_state: str | None,
+    seed: int | None,
+) -> GrowthRequest:
+    """The request of a GROWTH.yaml (``model:``, ``growth:``, ``seed:``) with the command line's options put over it.
+
+    Raises:
+        GrowthError: unreadable, unknown or contradictory; the message names the nearest possible name.
+    """
+    document = _read_file(config) if config is not None else {}
+    model, growth = dict(document.get("model") or {}), dict(document.get("growth") or {})
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, value = _parse(setting)
+        if given.setdefault(key, value) != value:
+            raise GrowthError(f"--set gives {key} more than once ({given[key]} and {value}); keep one")
+        (model if key in MODEL_SETTINGS else growth)[key] = value
+    for key, option in (("operator", operator), ("layers", layers), ("optimizer_state", optimizer_state)):
+        if option is not None:
+            growth[key] = option
+    chosen = seed if seed is not None else document.get("seed", 0)
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 0:
+        raise GrowthError(f"seed is {chosen!r}; allowed: whole numbers from 0")
+    return GrowthRequest(model, _validated(GrowthConfig, growth, "growth"), chosen)
+
+
+def _count(layers: str | Sequence[int], source_layers: int) -> int:
+    try:
+        return len(parse_layers(layers, source_layers) if isinstance(layers, str) else layers)
+    except ConfigError as error:
+        raise GrowthError(str(error)) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GrowthError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GrowthError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise GrowthError(f"{path} holds no mapping; write model: and growth: sections")
+    for key, allowed in ((None, _FILE_KEYS), ("model", MODEL_SETTINGS), ("growth", _GROWTH_KEYS)):
+        section = document if key is None else document.get(key)
+        if section is not None and not isinstance(section, dict):
+            raise GrowthError(f"{path}: {key} holds {section!r}; write a mapping of settings")
+        for name in section or {}:
+            if name not in allowed:
+                where = f"{key}.{name}" if key else str(name)
+                raise GrowthError(f"{path}: unknown key {where}{_hint(str(name), allowed)}")
+    return document
+
+
+def _parse(setting: str) -> tuple[str, Any]:
+    key, equals, text = setting.partition("=")
+    key = key.strip().removeprefix("model.").removeprefix("growth.")
+    if not equals:
+        raise GrowthError(f"--set {setting}: not a setting; write key=value, as in num_layers=24")
+    known = (*MODEL_SETTINGS, *GROWTH_SETTINGS)
+    if key not in known:
+        raise GrowthError(f"--set {setting}: cannot set {key}{_hint(key, known)}")
+    try:
+        return key, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # such as a number of thousands of digits
+        raise GrowthError(f"--set {key}: {text[:40]!r} is not a value") from None
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], known, 1, 0.6)
+    return (f"; did you mean {close[0]}?" if close else ";") + f" allowed: {', '.join(known)}"
+
+
+def _validated(section: type[_Section], fields: Mapping[str, Any], name: str) -> _Section:
+    try:
+        return section.model_validate(dict(fields))
+    except ValidationError as error:
+        texts = []
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"]))
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["loc"][:1] == ("layers",):  # a union: pydantic says why it is none of each
+                where, message = "layers", "write a list of layers counted from 0, or the paper's notation as text"
+            value = fields.get(where)
+            shown = f" (here {value!r})" if where in fields and not isinstance(value, dict) else ""
+            texts.append(f"{where}: {message}{shown}" if where else message)
+        raise GrowthError(f"{name}: {'; '.join(dict.fromkeys(texts))}") from None

@@ -1,0 +1,188 @@
+"""Which geometries a growth can lead to, and what else it cannot be asked for.
+
+Owns: the conditions of every operator on source and target geometry, with the nearest possible values.
+Does not own: what becomes of the tensors (``growth``), the notation of layer lists (``growth.layers``).
+
+Both a configuration's stages and the command line are checked here, before any file is touched. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schema import ModelConfig
+from growth_megatron.errors import ConfigError, GrowthError
+from growth_megatron.growth.layers import resolve_layers
+
+Problem = tuple[str, str]
+"""A dotted key beginning with model or growth, and what is wrong with it."""
+
+WIDTH_FIELDS = ("hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size")
+"""Sizes along the width."""
+
+MAX_WIDTH = 1 << 20
+"""Largest size along the width that is accepted; it only guards against a mistyped one filling the memory."""
+
+GEOMETRY_FIELDS = ("num_layers", *WIDTH_FIELDS)
+_KEPT = {"vocab_size": "vocab_size", "vocab_multiple": "padded_vocab_size", "rope_base": "rope_base"}
+
+
+def width_changes(source: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Sizes along the width that differ: key -> (source, target)."""
+    return {
+        key: (getattr(source, key), getattr(target, key))
+        for key in WIDTH_FIELDS
+        if getattr(source, key) != getattr(target, key)
+    }
+
+
+def growth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> list[Problem]:
+    """Everything that keeps ``growth`` from turning a model of geometry ``source`` into one of ``target``."""
+    problems = [*_kept_problems(source, target, growth), *_depth_problems(source, target, growth)]
+    changes = width_changes(source, target)
+    operator = growth.width_operator
+    if not changes:
+        return [*problems, *_idle_options(growth)]
+    if operator is None:
+        problems += [
+            (f"model.{key}", f"{growth.operator} changes num_layers alone, so keep {before}; or use direct")
+            for key, (before, _) in changes.items()
+        ]
+        return problems
+    impossible = [
+        (f"model.{key}", f"{after} is less than the source's {before}; a growth keeps or raises it")
+        for key, (before, after) in changes.items()
+        if after < before and key != "num_query_groups"
+    ]
+    impossible += [
+        (f"model.{key}", f"{after} is more than {MAX_WIDTH}, the largest that is planned for; correct it")
+        for key, (_, after) in changes.items()
+        if after > MAX_WIDTH
+    ]
+    if impossible:
+        return [*problems, *impossible]
+    problems += _head_problems(source, target, growth)
+    if operator == "hypercloning":
+        problems += list(_tiling_problems(changes))
+    return problems
+
+
+def check_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
+    """Raises GrowthError, naming every problem, unless ``growth`` can lead from ``source`` to ``target``."""
+    problems = growth_problems(source, target, growth)
+    if problems:
+        raise GrowthError("; ".join(f"{key.split('.', 1)[1]}: {text}" for key, text in problems))
+
+
+def zero_width_norm_epsilon(source: ModelConfig, hidden_size: int) -> float:
+    """eps' with which zero growth of the hidden size needs no scaling of the residual stream."""
+    return source.norm_epsilon * source.hidden_size / hidden_size
+
+
+def _kept_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
+    for key, attribute in _KEPT.items():
+        before, after = getattr(source, attribute), getattr(target, attribute)
+        if before != after:
+            if key == "vocab_multiple" and source.vocab_size != target.vocab_size:
+                continue  # said already
+            yield f"model.{key}", f"makes {attribute} {after}, the source has {before}; growth keeps it"
+    if target.tie_embeddings and not source.tie_embeddings:
+        text = "an untied output cannot be tied by growth, its weights would be lost; set it to false"
+        yield "model.tie_embeddings", text
+    if target.norm_epsilon == source.norm_epsilon:
+        return
+    allowed: list[Any] = [source.norm_epsilon]
+    if growth.width_operator == "zero" and target.hidden_size > source.hidden_size:
+        scaled = zero_width_norm_epsilon(source, target.hidden_size)
+        if math.isclose(target.norm_epsilon, scaled, rel_tol=1e-6):
+            return
+        allowed.append(scaled)
+    text = f"{target.norm_epsilon} would change the function; allowed: {' or '.join(f'{value:g}' for value in allowed)}"
+    yield "model.norm_epsilon", text
+
+
+def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
+    before, after, operator = source.num_layers, target.num_layers, growth.depth_operator
+    if operator is None:
+        if before != after:
+            text = f"{growth.operator} changes the width alone, so keep {before}; or use stack+{growth.operator}"
+            yield "model.num_layers", text
+        elif growth.layers is not None:
+            yield "growth.layers", f"{growth.operator} changes the width alone; remove it, or use direct"
+        return
+    try:
+        layers = resolve_layers(growth.layers, before, after, operator)
+    except ConfigError as error:
+        if growth.layers is not None:
+            yield "growth.layers", str(error)
+        elif after < before:
+            listed = ",".join(map(str, range(min(after, 4)))) + (",..." if after > 4 else "")
+            kept = listed if after > 1 else "1"  # a list of one has no comma, so it is the paper's notation
+            text = f"{after} is less than the source's {before}; to drop layers, list those to keep in growth.layers"
+            text += f" (--layers), as {kept}"
+            yield "model.num_layers", text
+        else:
+            yield "model.num_layers", str(error)
+        return
+    if operator in ("identity", "zero", "random") and len(set(layers)) < before:
+        missing = sorted(set(range(before)) - set(layers))
+        text = (
+            f"{operator} keeps every source layer and adds new ones, but the list leaves out {missing}; name them too"
+        )
+        yield "growth.layers", text
+
+
+def _idle_options(growth: GrowthConfig) -> Iterator[Problem]:
+    """Options that part copies where there will be none: who gave them counts on it."""
+    for key, is_given in (("shares", growth.shares != "even"), ("cancelling_noise", growth.cancelling_noise > 0)):
+        if is_given:
+            yield f"growth.{key}", "parts copies along the width, and no size along it grows; remove it"
+
+
+def _head_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
+    if target.head_dim % source.head_dim:
+        below = target.head_dim // source.head_dim * source.head_dim
+        text = (
+            f"{target.head_dim} is not a multiple of the source's {source.head_dim}: rotary pairs keep their "
+            f"frequency only at whole multiples; nearest possible: {below} or {below + source.head_dim}"
+        )
+        if target.head_dim * target.num_attention_heads == target.hidden_size:
+            text += f". It follows hidden_size / num_attention_heads: set head_dim {source.head_dim} to keep it"
+        yield "model.head_dim", text
+    before, after = source.num_query_groups, target.num_query_groups
+    heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after
+    if after < before:
+        text = f"{after} is less than the source's {before}: keys and values would be lost; keep or raise it"
+        yield "model.num_query_groups", text
+        return
+    copying = growth.width_operator not in ("zero", "random")
+    if heads_after >= heads_before:
+        return
+    wanted = _smallest_heads(source, after, copying)
+    text = (
+        f"{target.num_attention_heads} heads in {after} groups are {heads_after} a group, which cannot hold the "
+        f"{heads_before} heads of each of the source's {before} groups"
+    )
+    if not copying:
+        text += f"; {growth.width_operator} adds new groups beside the old, so at least {wanted} heads, or use split"
+        yield "model.num_attention_heads", text
+    elif after // before * heads_after < heads_before:
+        yield "model.num_attention_heads", f"{text}; nearest possible: {wanted} heads, or {before} groups"
+
+
+def _smallest_heads(source: ModelConfig, groups: int, copying: bool) -> int:
+    a_group = source.num_attention_heads // source.num_query_groups
+    return groups * (math.ceil(a_group / (groups // source.num_query_groups)) if copying else a_group)
+
+
+def _tiling_problems(changes: dict[str, tuple[int, int]]) -> Iterator[Problem]:
+    for key, (before, after) in changes.items():
+        if key == "head_dim":
+            yield f"model.{key}", f"hypercloning clones heads whole, so keep {before}; or use split"
+        elif after > before and after % before:
+            below = after // before * before
+            text = f"hypercloning repeats the whole, so a multiple of {before}; nearest: {below} or {below + before}"
+            yield f"model.{key}", text

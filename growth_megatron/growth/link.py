@@ -1,0 +1,255 @@
+"""Growth without moving data: a new ``.metadata`` over hard links to the source's data files.
+
+Owns: the alias executor, for plans in which every target tensor is a whole source tensor (stacking and all other layer
+lists). Cost: some kilobytes and milliseconds, at any model size.
+Does not own: the plan (``growth.plan``), the commit (``checkpoint.folder.commit``).
+
+In a torch_dist checkpoint ``.metadata`` maps (key, offset) to a slice of a data file. Several keys may name one slice,
+so a layer that is used four times is stored once. Removing the source harms nothing: the links keep the data alive.
+Moments that are reset point at tiny stored tensors with one zero and stride 0, which read as zeros of any shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import pickle
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+from growth_megatron.checkpoint.folder.commit import begin_folder, check_target, commit_folder
+from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+)
+from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME, METADATA_NAME, DistCheckpoint, is_stacked
+from growth_megatron.checkpoint.torch_dist.writer import saved
+from growth_megatron.errors import CheckpointError
+from growth_megatron.growth.lineage import object_targets
+from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule
+from growth_megatron.model.architecture import LAYER_PREFIX
+from growth_megatron.model.tensors import MOMENT_PREFIXES, split_state_key
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linked:
+    """What a growth by links cost. ``bytes_written`` includes ``bytes_copied``, 0 where links could be made."""
+
+    manifest: Manifest
+    bytes_written: int
+    bytes_linked: int
+    bytes_copied: int
+
+
+def can_link(plan: GrowthPlan, stored: Metadata) -> bool:
+    """Whether every target tensor is a whole stored tensor, or zero."""
+    layers_apart = all(
+        chunk.sizes[0] == 1
+        for key, entry in stored.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and is_stacked(key)
+        for chunk in entry.chunks
+    )
+    return plan.is_selection and layers_apart
+
+
+def link_checkpoint(
+    source: DistCheckpoint,
+    held: Manifest,
+    target: Path,
+    plan: GrowthPlan,
+    policy: OptimizerState,
+    grown: Manifest,
+    common: Mapping[str, Any],
+    files: FileOperations,
+) -> Linked:
+    """Write the checkpoint ``target`` over the files of ``source``; atomic, and safe to repeat after a kill.
+
+    Args:
+        held: the source's manifest. grown, common: the target's, as ``growth.lineage`` gives them.
+
+    Raises:
+        CheckpointError: the manifest lacks a data file, or copying instead of linking has no room.
+    """
+    zeros = Zeros(taken=held.files)
+    metadata = grown_metadata(source.metadata, plan, policy, zeros)
+    data_names = {info.relative_path for info in metadata.storage_data.values()} - {zeros.name}
+    kept = {name: entry for name, entry in held.files.items() if name in data_names}
+    if unknown := sorted(data_names - kept.keys()):
+        raise CheckpointError(f"cannot grow {source.path}: its manifest lacks {unknown[0]}, which holds tensors")
+
+    data_bytes = sum(entry.size_bytes for entry in kept.values())
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    if not same_file_system(source.path, existing):
+        _check_room(source.path, existing, data_bytes)
+    folder = begin_folder(target, files)
+    was_copied = _link_or_copy(source.path, folder, kept, files)
+    if zeros.content:
+        files.write(folder / zeros.name, zeros.content)
+    for name in other_files(held):
+        files.copy(source.path / name, folder / name)
+    files.write(folder / COMMON_NAME, saved(dict(common)))
+    files.write(folder / METADATA_NAME, pickle.dumps(metadata))
+    check_target(target)  # again: copying may have taken its time, and the commit replaces what stands there
+    complete = commit_folder(target, grown, files, checksums=kept)
+
+    linked = 0 if was_copied else data_bytes
+    written = complete.total_bytes - linked + (target / MANIFEST_NAME).stat().st_size
+    return Linked(complete, written, linked, data_bytes - linked)
+
+
+def other_files(manifest: Manifest) -> list[str]:
+    """Files that go on as they are: megatron-core's ``metadata.json``, the run's configuration."""
+    rewritten = {METADATA_NAME, COMMON_NAME}
+    return [name for name in manifest.files if name not in rewritten and not name.endswith(".distcp")]
+
+
+def grown_metadata(source: Metadata, plan: GrowthPlan, policy: OptimizerState, zeros: Zeros) -> Metadata:
+    """torch DCP metadata of the grown checkpoint: target keys over the source's stored chunks, or over ``zeros``."""
+    assert plan.layers is not None
+    uses: dict[str, list[TensorRule]] = {}
+    for rule in plan.rules:
+        uses.setdefault(_origin(rule, plan.layers), []).append(rule)
+    grown = Metadata({}, None, {}, StorageMeta(), source.version)
+    for key, stored in source.state_dict_metadata.items():
+        if isinstance(stored, BytesStorageMetadata):
+            for name in object_targets(key, plan.layers):
+                grown.state_dict_metadata[name] = stored
+                grown.storage_data[MetadataIndex(name)] = source.storage_data[MetadataIndex(key)]
+        elif is_stacked(key):
+            _add_restacked(grown, source, key, plan, policy, zeros)
+        else:
+            prefix, name = split_state_key(key)
+            for rule in uses.get(name, ()):
+                _add_tensor(grown, source, key, prefix, rule, zeros if _is_zero(rule, prefix, policy) else None)
+    if source.planner_data:
+        grown.planner_data = {key: (key,) for key in grown.state_dict_metadata}
+    return grown
+
+
+def _origin(rule: TensorRule, layers: tuple[int, ...]) -> str:
+    """The source tensor whose chunks have the shapes of the target's; zeros are given those of its layer's source."""
+    if rule.source is not None:
+        return rule.source
+    number, _, name = rule.target.removeprefix(LAYER_PREFIX).partition(".")
+    return f"{LAYER_PREFIX}{layers[int(number)]}.{name}"
+
+
+def _is_zero(rule: TensorRule, prefix: str, policy: OptimizerState) -> bool:
+    return rule.fill == "zero" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(policy))
+
+
+class Zeros:
+    """Content of a data file of zero tensors, each one stored element with stride 0."""
+
+    def __init__(self, taken: Collection[str]) -> None:
+        """``taken``: file names of the source; an earlier growth may have left zeros of its own."""
+        names = ("zeros.distcp", *(f"zeros_{number}.distcp" for number in range(len(taken) + 1)))
+        self.name = next(name for name in names if name not in taken)
+        self._content = io.BytesIO()
+        self._slices: dict[tuple[torch.dtype, torch.Size], _StorageInfo] = {}
+
+    @property
+    def content(self) -> bytes:
+        return self._content.getvalue()
+
+    def slice_of(self, dtype: torch.dtype, sizes: torch.Size) -> _StorageInfo:
+        """Where a zero tensor of this type and shape lies."""
+        if (dtype, sizes) not in self._slices:
+            one = io.BytesIO()
+            torch.save(torch.zeros(1, dtype=dtype).as_strided(sizes, [0] * len(sizes)), one)
+            offset = self._content.tell()
+            self._content.write(one.getvalue())
+            self._slices[dtype, sizes] = _StorageInfo(self.name, offset, len(one.getvalue()))
+        return self._slices[dtype, sizes]
+
+
+def _add_tensor(
+    grown: Metadata, source: Metadata, key: str, prefix: str, rule: TensorRule, zeros: Zeros | None
+) -> None:
+    stored = source.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    target = prefix + rule.target
+    # The entry is a new one: megatron-core changes its size for a moment while loading.
+    grown.state_dict_metadata[target] = dataclasses.replace(stored)
+    for number, chunk in enumerate(stored.chunks):
+        grown.storage_data[MetadataIndex(target, chunk.offsets, number)] = (
+            source.storage_data[MetadataIndex(key, chunk.offsets)]
+            if zeros is None
+            else zeros.slice_of(stored.properties.dtype, chunk.sizes)
+        )
+
+
+def _add_restacked(
+    grown: Metadata, source: Metadata, key: str, plan: GrowthPlan, policy: OptimizerState, zeros: Zeros
+) -> None:
+    """The form with the layers along the first axis keeps it: layer j's chunks are those of layer ``layers[j]``."""
+    stored = source.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    assert plan.layers is not None
+    prefix, name = split_state_key(key)
+    rules = {rule.target: rule for rule in plan.rules}
+    chunks: list[ChunkStorageMetadata] = []
+    for layer, from_layer in enumerate(plan.layers):
+        rule = rules[name.replace(LAYER_PREFIX, f"{LAYER_PREFIX}{layer}.", 1)]
+        for chunk in stored.chunks:
+            if chunk.offsets[0] == from_layer:
+                offsets = torch.Size((layer, *chunk.offsets[1:]))
+                grown.storage_data[MetadataIndex(key, offsets, len(chunks))] = (
+                    zeros.slice_of(stored.properties.dtype, chunk.sizes)
+                    if _is_zero(rule, prefix, policy)
+                    else source.storage_data[MetadataIndex(key, chunk.offsets)]
+                )
+                chunks.append(ChunkStorageMetadata(offsets, chunk.sizes))
+    size = torch.Size((len(plan.layers), *stored.size[1:]))
+    grown.state_dict_metadata[key] = dataclasses.replace(stored, size=size, chunks=chunks)
+
+
+def same_file_system(one: Path, other: Path) -> bool:
+    """Whether files can be shared by links, as far as the device tells."""
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def _check_room(source: Path, target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise CheckpointError(
+            f"{source} and {target} cannot share files by hard links (two file systems?), and copying needs "
+            f"{needed} bytes where {free} are free; choose a target on the source's file system"
+        )
+
+
+def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: FileOperations) -> bool:
+    """Give ``folder`` the source's data files; True if they had to be copied."""
+    for name in names:
+        files.make_directory((folder / name).parent)
+    if all(files.link(source / name, folder / name) for name in names):
+        return False
+    needed = sum((source / name).stat().st_size for name in names)
+    _check_room(source, folder.parent, needed)
+    _LOG.warning(
+        "%s and %s cannot share files by hard links (two file systems?): copying %.3g GB",
+        source,
+        folder.parent,
+        needed / 1e9,
+    )
+    for name in names:
+        if not (folder / name).exists():
+            files.copy(source / name, folder / name)
+    return True

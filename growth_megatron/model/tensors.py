@@ -1,0 +1,125 @@
+"""Global tensors and where they come from: the protocol that all rooms above speak.
+
+Owns: ``TensorSource``, specifications and regions of tensors, megatron-core's prefixes of optimizer state, and the
+source that adds the optimizer state of a first step.
+Does not own: which tensors a model has (``model.architecture``), any file (``checkpoint``).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from growth_megatron.errors import CheckpointError
+
+MASTER_PREFIX = "optimizer.state.param."
+FIRST_MOMENT_PREFIX = "optimizer.state.exp_avg."
+SECOND_MOMENT_PREFIX = "optimizer.state.exp_avg_sq."
+STATE_PREFIXES = ("", MASTER_PREFIX, FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX)
+MOMENT_PREFIXES = (FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX)
+"""Names of megatron-core: a weight's float32 master and Adam moments are stored under its own key with these."""
+
+Region = tuple[slice, ...]
+"""One slice with explicit bounds and step 1 per axis."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Global shape and element type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorSource(Protocol):
+    """Names global tensors and reads any region of one, lazily."""
+
+    def keys(self) -> list[str]: ...
+
+    def spec(self, key: str) -> TensorSpec: ...
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """The values of ``region`` of a tensor, in its stored type, on the CPU."""
+        ...
+
+
+def split_state_key(key: str) -> tuple[str, str]:
+    """Prefix (one of ``STATE_PREFIXES``) and model key of a stored tensor's name."""
+    for prefix in STATE_PREFIXES[1:]:
+        if key.startswith(prefix):
+            return prefix, key.removeprefix(prefix)
+    return "", key
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+_LATEST_ELEMENTS = 1 << 23
+
+
+class WithFreshOptimizer:
+    """A source of weights that also has the optimizer state of a first step.
+
+    Masters are the weights in float32. Both moments are zeros with stride 0, which cost nothing in memory and,
+    written as they are, nothing on the disk.
+    """
+
+    def __init__(self, weights: TensorSource) -> None:
+        """Raises CheckpointError if the source has optimizer state already."""
+        self._weights = weights
+        self._latest = threading.local()
+        for key in weights.keys():
+            if split_state_key(key)[0]:
+                raise CheckpointError(f"the source has optimizer state already ({key}); take its weights alone")
+
+    def keys(self) -> list[str]:
+        return [prefix + key for prefix in STATE_PREFIXES for key in self._weights.keys()]
+
+    def spec(self, key: str) -> TensorSpec:
+        prefix, name = split_state_key(key)
+        spec = self._weights.spec(name)
+        return TensorSpec(spec.shape, torch.float32) if prefix else spec
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        prefix, name = split_state_key(key)
+        if prefix in MOMENT_PREFIXES:
+            check_region(key, self.spec(key).shape, region)
+            return torch.zeros(()).expand([part.stop - part.start for part in region])
+        # A writer asks for the master of some rows right after the weights: those are not computed twice.
+        wanted = (name, tuple((part.start, part.stop) for part in region))
+        known, values = getattr(self._latest, "read", (None, None))
+        if known != wanted or values is None:
+            values = self._weights.read(name, region)
+        is_small = values.numel() <= _LATEST_ELEMENTS
+        self._latest.read = (None, None) if prefix or not is_small else (wanted, values)
+        return values.to(torch.float32, copy=True) if prefix else values
+
+
+def check_region(key: str, shape: tuple[int, ...], region: Region) -> None:
+    """Raises CheckpointError unless ``region`` lies within ``shape``, with explicit bounds and step 1."""
+    fits = len(region) == len(shape) and all(
+        part.step in (None, 1)
+        and part.start is not None
+        and part.stop is not None
+        and 0 <= part.start <= part.stop <= size
+        for part, size in zip(region, shape, strict=False)
+    )
+    if not fits:
+        raise CheckpointError(f"{key} has shape {shape}; the region {region} is not within it")
+
+
+def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[Region]:
+    """A tensor of ``shape`` cut into regions of whole rows, each of at most ``elements`` or one row."""
+    if not shape:
+        yield ()
+        return
+    rows = max(1, elements // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield (slice(start, min(start + rows, shape[0])), *whole(shape[1:]))
