@@ -51,7 +51,7 @@ def _joined(arguments: list[str]) -> list[str]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from growth_megatron.config.load import load_config
+    from growth_megatron.growth.configuration import load_config
 
     loaded = load_config(options.config, options.overrides)
     from growth_megatron.train.stages import train
@@ -63,8 +63,8 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from growth_megatron.commands.plan_tables import print_plan
-    from growth_megatron.config.load import load_config
-    from growth_megatron.model.plan import plan_run, plan_to_dict
+    from growth_megatron.growth.configuration import load_config
+    from growth_megatron.train.plan import plan_run, plan_to_dict
 
     plan = plan_run(load_config(options.config, options.overrides).config, options.world_size)
     if options.json:

@@ -33,7 +33,6 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from growth_megatron.config.load import load_config
 from growth_megatron.errors import (
     EXIT_FAULT,
     EXIT_NEXT_LAYOUT,
@@ -41,6 +40,7 @@ from growth_megatron.errors import (
     EXIT_STOPPED_EARLY,
     GrowthMegatronError,
 )
+from growth_megatron.growth.configuration import load_config
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)

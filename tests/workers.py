@@ -106,7 +106,7 @@ def losses_without_gain_reduction(layout: dict[str, Any]) -> dict[str, Any]:
 
 def train_all(runs: list[dict[str, Any]]) -> list[int]:
     """Exit codes of training each of ``runs`` (``config``, ``overrides``) one after the other in this world."""
-    from growth_megatron.config.load import load_config
+    from growth_megatron.growth.configuration import load_config
     from growth_megatron.train.stages import train
 
     return [train(load_config(run["config"], run.get("overrides", []))) for run in runs]
@@ -220,11 +220,23 @@ def initial_shards(layout: dict[str, Any]) -> list[Any]:
         ]
 
 
+class Varied(InitSource):
+    """Initial weights with gains and biases moved off the 1 and 0 where they begin."""
+
+    def read(self, key: str, region: tuple[slice, ...]) -> torch.Tensor:
+        values = super().read(key, region)
+        if values.dim() == 1:
+            values = values + 0.2 * torch.sin(torch.arange(region[0].start, region[0].stop) + len(key))
+        return values
+
+
 def logits(models: list[dict[str, Any]], tokens: list[int]) -> list[list[list[float]]]:
-    """Logits ``[s][padded vocabulary]`` of freshly initialised models."""
+    """Logits ``[s][padded vocabulary]`` of models with the weights of ``Varied``."""
     results = []
     for model in models:
-        with fresh_engine(stage_of({}, model)) as engine, torch.no_grad():
+        stage = stage_of({}, model)
+        with fresh_engine(stage) as engine, torch.no_grad():
+            pour_into_model(Varied(stage.model, 7), engine.models)
             ids = torch.tensor([tokens])
             output = engine.models[0](ids, torch.arange(len(tokens))[None], None)  # [b, s, v]
             results.append(output[0].tolist())
@@ -235,8 +247,8 @@ def train_into_nan(config: str, overrides: list[str], step: int) -> str:
     """Train with a gradient norm that is not a number at ``step``; the error that ends it."""
     import dataclasses
 
-    from growth_megatron.config.load import load_config
     from growth_megatron.errors import GrowthMegatronError
+    from growth_megatron.growth.configuration import load_config
     from growth_megatron.train.stages import train
 
     real, calls = Engine.train_step, [0]

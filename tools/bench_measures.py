@@ -34,7 +34,8 @@ from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.data.dataset import build_train_dataset
 from growth_megatron.data.loader import BatchLoader
 from growth_megatron.growth.execute import grow_checkpoint
-from growth_megatron.growth.layers import stack_layers
+from growth_megatron.growth.operators import choose
+from growth_megatron.growth.operators.stack import stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.cost import flops_per_token, rank_memory
 from growth_megatron.model.init import InitSource
@@ -355,7 +356,7 @@ class Growth:
         """What ``train`` does between two stages."""
         target, path = self.stages[1], directory.checkpoint_path(1, grown=True)
         assert target.growth is not None
-        state = target.growth.state_policy
+        state = choose(target.growth).state_policy
 
         layers = stack_layers(manifest.geometry.num_layers, target.model.num_layers)
         grow_checkpoint(source, path, plan_depth(manifest.geometry, target.model, layers), state, stage=1)

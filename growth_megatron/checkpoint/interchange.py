@@ -29,20 +29,18 @@ from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, expor
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common
 from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME, DistCheckpoint
 from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
-from growth_megatron.config.load import load_config
+from growth_megatron.config.load import read_config
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.config.units import format_bytes
 from growth_megatron.data.tokenizer import tokenizer_sha256
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
-from growth_megatron.model.architecture import LAYER_PREFIX
+from growth_megatron.model.architecture import stateless_objects
 from growth_megatron.model.tensors import TensorSource, WithFreshOptimizer
 
 HUGGINGFACE_PREFIX = "hf:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What ``export-hf --dtype`` takes."""
-
-_STATELESS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ def fresh_objects(geometry: ModelConfig) -> dict[str, bytes]:
     """The byte objects without which megatron-core's strict load refuses a checkpoint: one, empty, for each matrix."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
-    names = [f"{LAYER_PREFIX}{layer}.{name}" for layer in range(geometry.num_layers) for name in _STATELESS]
-    return {f"{name}._extra_state/shard_0_1": buffer.getvalue() for name in names}
+    return dict.fromkeys(stateless_objects(geometry), buffer.getvalue())
 
 
 def import_hf(source: Path, target: Path) -> WriteResult:
@@ -208,7 +205,7 @@ def tokenizer_of(located: LocatedSource) -> tuple[Path | None, str]:
     if not path.is_file():
         return None, "none: the checkpoint has no config.yaml that names one"
     try:
-        tokenizer = Path(load_config(path).config.data.tokenizer)
+        tokenizer = Path(read_config(path).config.data.tokenizer)
         if not tokenizer.is_file():
             return None, f"none: {tokenizer}, named in {path}, is not there"
         trained_with = (located.manifest.data_fingerprint or {}).get("tokenizer_sha256")

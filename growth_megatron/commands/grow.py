@@ -25,8 +25,9 @@ from growth_megatron.config.units import format_bytes
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.execute import GrowthResult, check_origin, grow_checkpoint
+from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
-from growth_megatron.growth.rules import GrowthPlan, OptimizerState, check_optimizer_state
+from growth_megatron.growth.rules import GrowthPlan, OptimizerState
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.parallel.collectives import rank_from_environment, world_size_from_environment
 
@@ -111,7 +112,7 @@ def _plan(origin: LocatedSource, request: GrowthRequest, weights_only: bool) -> 
     target, growth = request.resolve(origin.geometry)
     if weights_only and growth.optimizer_state not in (None, "reset"):
         raise GrowthError(f"optimizer_state {growth.optimizer_state}, but a Hugging Face folder holds weights alone")
-    policy = "reset" if weights_only else check_optimizer_state(growth.state_policy)
+    policy = "reset" if weights_only else choose(growth).state_policy
     if policy != "reset" and origin.manifest is None:
         raise GrowthError(f"optimizer_state {policy}, but {origin.path} holds weights alone; use reset")
     return plan_growth(origin.geometry, target, growth, request.seed), policy

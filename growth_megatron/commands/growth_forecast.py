@@ -16,7 +16,7 @@ from typing import Any
 
 from growth_megatron.checkpoint.describe import compact_layers, describe_options, geometry_changes, model_line
 from growth_megatron.checkpoint.interchange import LocatedSource
-from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers, without_layer_number
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.units import format_bytes, format_count
 from growth_megatron.growth.execute import WRITERS, with_optimizer
@@ -24,6 +24,7 @@ from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.link import Zeros, can_link, grown_metadata, other_files, same_file_system
 from growth_megatron.growth.plan import inexact_multipliers
 from growth_megatron.growth.rules import RANDOM, ZERO, AxisRule, GrowthPlan, OptimizerState, TensorRule
+from growth_megatron.model.architecture import without_layer_number
 from growth_megatron.model.cost import parameter_count
 from growth_megatron.model.tensors import MASTER_PREFIX, MOMENT_PREFIXES, split_state_key
 
@@ -75,7 +76,7 @@ def forecast(
         "free_bytes": free,
         "enough_space": None if free is None else costs["written_bytes"] <= free,
         "tensors": tensor_map(plan),
-        "no_gradient_at_first": list(plan.silent),
+        "no_gradient_at_first": list(plan.zero_gradient_at_first),
         "inexact_moments": list(plan.inexact_moments) if policy != "reset" else [],
         "no_multipliers_for": inexact_multipliers(plan) if plan.options.get("multipliers") else [],
     }
@@ -105,7 +106,7 @@ def tensor_map(plan: GrowthPlan) -> list[dict[str, Any]]:
 def describe_rule(rule: TensorRule) -> str:
     """One tensor's rule in a few words."""
     if rule.fill is not None:
-        return "zero" if rule.fill == "zero" else "initialised anew"
+        return "zero" if rule.fill == "zeros" else "initialised anew"
     names = ("rows", "columns") if len(rule.axes) == 2 else ("entries",)
     parts = [f"{name} {text}" for name, axis in zip(names, rule.axes, strict=True) if (text := _describe_axis(axis))]
     if rule.noise is not None:
@@ -233,7 +234,7 @@ def _written_costs(
         for prefix, dtype in dtypes.items():
             if prefix in MOMENT_PREFIXES and not rule.keeps_moments(policy):
                 continue
-            if rule.fill != "zero":
+            if rule.fill != "zeros":
                 written += target_numel * dtype.itemsize
             from_master = prefix == "" and MASTER_PREFIX in dtypes and not rule.is_selection
             if rule.source is not None and not from_master:  # a computed weight is its master, cast

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.errors import ConfigError, GrowthError
+from growth_megatron.errors import GrowthError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.layers import parse_layers
 
@@ -95,10 +95,7 @@ def read_request(
 
 
 def _count(layers: str | Sequence[int], source_layers: int) -> int:
-    try:
-        return len(parse_layers(layers, source_layers) if isinstance(layers, str) else layers)
-    except ConfigError as error:
-        raise GrowthError(str(error)) from None
+    return len(parse_layers(layers, source_layers) if isinstance(layers, str) else layers)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

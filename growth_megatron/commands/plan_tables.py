@@ -1,7 +1,7 @@
 """A plan as tables for people.
 
 Owns: layout and units of what ``growth-megatron plan`` prints.
-Does not own: the numbers (``model.plan``).
+Does not own: the numbers (``train.plan``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from growth_megatron.config.units import format_bytes, format_count, format_flops
 from growth_megatron.model.cost import RankMemory
-from growth_megatron.model.plan import RunPlan, StagePlan
+from growth_megatron.train.plan import RunPlan, StagePlan
 
 _PLAIN_WIDTH = 132
 

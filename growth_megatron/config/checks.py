@@ -1,35 +1,12 @@
-"""Rules that span stages, or that need the world size.
+"""Rules that need the world size.
 
-Owns: whether a stage can come out of the one before it, and whether a world size fits a stage's layout.
-Does not own: rules within one stage (``config.schema``).
+Owns: whether a world size fits a stage's layout. Does not own: rules within one stage (``config.schema``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.errors import ConfigError
-from growth_megatron.growth.conditions import growth_problems
-
-
-def growth_chain_problems(stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
-    """All ``(dotted key, what is wrong)`` of growths that cannot turn one stage's model into the next one's."""
-    problems: list[tuple[str, str]] = []
-    for index in range(1, len(stages)):
-        source, target = stages[index - 1], stages[index]
-        for key, text in growth_problems(source.model, target.model, target.growth or GrowthConfig()):
-            text = f"growing from stage {source.name} to {target.name}: {text}"
-            problems.append((f"stages.{index}.{key}", text))
-    return problems
-
-
-def check_growth_chain(config: RunConfig) -> None:
-    """Raise ConfigError unless each stage's model can come out of the previous one by its growth operator."""
-    problems = growth_chain_problems(config.stages)
-    if problems:
-        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
 
 
 def check_world_size(config: RunConfig, stage_index: int, world_size: int) -> None:

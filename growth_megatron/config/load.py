@@ -2,8 +2,8 @@
 
 Owns: includes (``base:``), the order of precedence, merging the top level into each stage, reporting all errors at
 once.
-Does not own: syntax (``config.document``, ``config.overrides``), rules (``config.schema``, ``config.checks``), words
-(``config.messages``).
+Does not own: syntax (``config.document``, ``config.overrides``), rules (``config.schema``; those of growths are handed
+in), words (``config.messages``).
 
 Precedence, later wins: the files of ``base:`` in their order, the file itself, overrides. A stage's own sections win
 over the top level, whichever layer either comes from.
@@ -15,21 +15,19 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from growth_megatron.config.checks import check_growth_chain, check_world_size, growth_chain_problems
 from growth_megatron.config.document import Node, dump, merge, read
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.messages import STAGE_SECTIONS, Problem, from_validation, locate, render
 from growth_megatron.config.overrides import PLACE, Override, apply_overrides
 from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.errors import ConfigError
-
-__all__ = ["LoadedConfig", "check_growth_chain", "check_world_size", "config_hash", "load_config"]
 
 DEFAULT_STAGE = "main"
 
@@ -44,11 +42,26 @@ class LoadedConfig:
     hash: str
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
+class GrowthRules(Protocol):
+    """What the room of growth, which stands above this one, knows of a configuration."""
+
+    def option_problems(self, growth: GrowthConfig) -> list[tuple[str, str]]:
+        """(key of ``growth:``, what is wrong) of options alone."""
+        ...
+
+    def chain_problems(self, stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
+        """(dotted key, what is wrong) of stages that cannot come out of the ones before them."""
+        ...
+
+
+def read_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), growth: GrowthRules | None = None
+) -> LoadedConfig:
     """Read, merge and validate a run's configuration.
 
     Args:
         path: YAML file; its ``base:`` names files relative to itself.
+        growth: what is asked about growths; without it they are not checked, as suits a configuration of the past.
         overrides: ``a.b=c``, values in YAML; stages by name or index (``stages.0.training.steps=5``).
 
     Raises:
@@ -59,7 +72,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     included = "base" in written.value
     root, changes = apply_overrides(_with_bases(path, written, (path,)), overrides)
     effective = _expand(root)
-    config, problems = _validate(effective)
+    config, problems = _validate(effective, growth)
     problems += _without_effect(effective, changes)
     if config is None or problems:
         raise ConfigError(render(problems))
@@ -143,9 +156,6 @@ def _expand_stage(stage: Node, index: int, shared: dict[str, Node]) -> Node:
         content[key] = merge(below, content[key], key) if key in content else below
     if index > 0 and "growth" not in content:
         content["growth"] = Node({}, stage.place, f"{stage.path}.growth")
-    if isinstance(content.get("growth"), Node) and content["growth"].value == {}:
-        operator = Node("stack", stage.place, f"{stage.path}.growth.operator")
-        content["growth"] = replace(content["growth"], value={"operator": operator})
     return replace(stage, value=_present(content))
 
 
@@ -156,20 +166,32 @@ def _present(content: dict[str, Node]) -> dict[str, Node]:
     }
 
 
-def _validate(effective: Node) -> tuple[RunConfig | None, list[Problem]]:
+def _validate(effective: Node, growth: GrowthRules | None) -> tuple[RunConfig | None, list[Problem]]:
     config: RunConfig | None = None
     problems: list[Problem] = []
     data: dict[str, Any] = effective.plain()
     try:
         config = RunConfig.model_validate(data)
-        stages: Sequence[StageConfig] = config.stages
     except ValidationError as error:
         problems = from_validation(error.errors(), effective)
-        stages = _valid_stages(data)
-    for key, text in growth_chain_problems(stages):
-        node, path = locate(effective, [int(part) if part.isdigit() else part for part in key.split(".")])
-        problems.append(Problem(node.place, path, text))
+    if growth is not None:
+        found = list(_option_problems(data, growth))
+        found = found or growth.chain_problems(config.stages if config else _valid_stages(data))
+        for key, text in found:
+            node, path = locate(effective, [int(part) if part.isdigit() else part for part in key.split(".")])
+            problems.append(Problem(node.place, path, text))
     return config, problems
+
+
+def _option_problems(data: dict[str, Any], growth: GrowthRules) -> Iterator[tuple[str, str]]:
+    """Of each stage whose ``growth:`` is valid by itself, so that faults elsewhere do not hide them."""
+    stages = data["stages"] if isinstance(data["stages"], list) else []
+    for index, stage in enumerate(stages):
+        try:
+            options = GrowthConfig.model_validate(stage["growth"])
+        except (ValidationError, TypeError, KeyError):
+            continue
+        yield from ((f"stages.{index}.growth.{key}", text) for key, text in growth.option_problems(options))
 
 
 def _valid_stages(data: dict[str, Any]) -> list[StageConfig]:

@@ -1,7 +1,7 @@
 """What a run's YAML may say: frozen pydantic models, one a section.
 
 Owns: names, types, ranges and cross-checks of every option but those of ``growth:`` (``config.growth_schema``).
-Does not own: reading files, includes and overrides (``config.load``), costs (``model.plan``).
+Does not own: reading files, includes and overrides (``config.load``), costs (``train.plan``).
 
 A run is a list of stages. In the YAML a stage writes only what differs from the top level; ``config.load`` merges,
 so that every ``StageConfig`` here is complete by itself.
@@ -33,8 +33,25 @@ _DEFAULTED = ("num_query_groups", "head_dim")
 """Fields of a model whose default follows from the others."""
 
 
+class RopeScaling(Section):
+    """LLaMA 3's scaling of the rotary frequencies for long contexts (arXiv 2407.21783; transformers' ``llama3``)."""
+
+    type: Literal["llama3"]
+    factor: PositiveFloat = Field(8.0, description="by which the lowest frequencies are divided")
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = Field(8192, description="context before the scaling, in tokens")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            text = f"{self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}; raise it"
+            refuse([("high_freq_factor", text)])
+        return self
+
+
 class ModelConfig(Section):
-    """Geometry of a LLaMA model (pre-norm, RMSNorm, RoPE, SwiGLU, no biases)."""
+    """Geometry of a LLaMA (pre-norm, RMSNorm, RoPE, SwiGLU), with what its relatives Qwen2 and Qwen3 have besides."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -48,8 +65,11 @@ class ModelConfig(Section):
     )
     sequence_length: PositiveInt = 2048
     rope_base: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: PositiveFloat = 1e-5
     tie_embeddings: bool = False
+    attention_bias: bool = Field(False, description="biases of q, k and v, as in Qwen2")
+    qk_norm: bool = Field(False, description="an RMSNorm over each head of q and k, as in Qwen3")
     init_std: PositiveFloat = 0.02
 
     @model_validator(mode="before")

@@ -9,13 +9,15 @@ Both a configuration's stages and the command line are checked here, before any 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.schema import ModelConfig
-from growth_megatron.errors import ConfigError, GrowthError
+from growth_megatron.config.schema import ModelConfig, StageConfig
+from growth_megatron.errors import GrowthError
 from growth_megatron.growth.layers import resolve_layers
+from growth_megatron.growth.operators import Choice, choose, option_problems
+from growth_megatron.growth.operators.base import Width
 
 Problem = tuple[str, str]
 """A dotted key beginning with model or growth, and what is wrong with it."""
@@ -27,7 +29,16 @@ MAX_WIDTH = 1 << 20
 """Largest size along the width that is accepted; it only guards against a mistyped one filling the memory."""
 
 GEOMETRY_FIELDS = ("num_layers", *WIDTH_FIELDS)
-_KEPT = {"vocab_size": "vocab_size", "vocab_multiple": "padded_vocab_size", "rope_base": "rope_base"}
+"""All sizes that a growth may change."""
+
+_KEPT = {
+    "vocab_size": "vocab_size",
+    "vocab_multiple": "padded_vocab_size",
+    "rope_base": "rope_base",
+    "rope_scaling": "rope_scaling",
+    "attention_bias": "attention_bias",
+    "qk_norm": "qk_norm",
+}
 
 
 def width_changes(source: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -41,40 +52,48 @@ def width_changes(source: ModelConfig, target: ModelConfig) -> dict[str, tuple[i
 
 def growth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> list[Problem]:
     """Everything that keeps ``growth`` from turning a model of geometry ``source`` into one of ``target``."""
-    problems = [*_kept_problems(source, target, growth), *_depth_problems(source, target, growth)]
+    if problems := option_problems(growth):
+        return [(f"growth.{key}", text) for key, text in problems]
+    choice = choose(growth)
+    problems = [*_kept_problems(source, target, choice), *_depth_problems(source, target, choice)]
     changes = width_changes(source, target)
-    operator = growth.width_operator
     if not changes:
         return [*problems, *_idle_options(growth)]
-    if operator is None:
+    if choice.width is None:
         problems += [
             (f"model.{key}", f"{growth.operator} changes num_layers alone, so keep {before}; or use direct")
             for key, (before, _) in changes.items()
         ]
         return problems
-    impossible = [
-        (f"model.{key}", f"{after} is less than the source's {before}; a growth keeps or raises it")
-        for key, (before, after) in changes.items()
-        if after < before and key != "num_query_groups"
-    ]
-    impossible += [
-        (f"model.{key}", f"{after} is more than {MAX_WIDTH}, the largest that is planned for; correct it")
-        for key, (_, after) in changes.items()
-        if after > MAX_WIDTH
-    ]
-    if impossible:
+    if impossible := list(_size_problems(changes)):
         return [*problems, *impossible]
-    problems += _head_problems(source, target, growth)
-    if operator == "hypercloning":
-        problems += list(_tiling_problems(changes))
+    problems += _head_problems(source, target, choice.width)
+    if choice.width.whole_multiples:
+        problems += _tiling_problems(choice.width.name, changes)
     return problems
 
 
-def check_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
-    """Raises GrowthError, naming every problem, unless ``growth`` can lead from ``source`` to ``target``."""
+def check_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Choice:
+    """The operators of ``growth``, which can lead from ``source`` to ``target``.
+
+    Raises:
+        GrowthError: they cannot; it names every problem.
+    """
     problems = growth_problems(source, target, growth)
     if problems:
         raise GrowthError("; ".join(f"{key.split('.', 1)[1]}: {text}" for key, text in problems))
+    return choose(growth)
+
+
+def chain_problems(stages: Sequence[StageConfig]) -> list[Problem]:
+    """All ``(dotted key, what is wrong)`` of growths that cannot turn one stage's model into the next one's."""
+    problems: list[Problem] = []
+    for index in range(1, len(stages)):
+        source, target = stages[index - 1], stages[index]
+        for key, text in growth_problems(source.model, target.model, target.growth or GrowthConfig()):
+            text = f"growing from stage {source.name} to {target.name}: {text}"
+            problems.append((f"stages.{index}.{key}", text))
+    return problems
 
 
 def zero_width_norm_epsilon(source: ModelConfig, hidden_size: int) -> float:
@@ -82,7 +101,7 @@ def zero_width_norm_epsilon(source: ModelConfig, hidden_size: int) -> float:
     return source.norm_epsilon * source.hidden_size / hidden_size
 
 
-def _kept_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
+def _kept_problems(source: ModelConfig, target: ModelConfig, choice: Choice) -> Iterator[Problem]:
     for key, attribute in _KEPT.items():
         before, after = getattr(source, attribute), getattr(target, attribute)
         if before != after:
@@ -95,7 +114,7 @@ def _kept_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfi
     if target.norm_epsilon == source.norm_epsilon:
         return
     allowed: list[Any] = [source.norm_epsilon]
-    if growth.width_operator == "zero" and target.hidden_size > source.hidden_size:
+    if choice.width and choice.width.closes_with_zeros and target.hidden_size > source.hidden_size:
         scaled = zero_width_norm_epsilon(source, target.hidden_size)
         if math.isclose(target.norm_epsilon, scaled, rel_tol=1e-6):
             return
@@ -104,9 +123,9 @@ def _kept_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfi
     yield "model.norm_epsilon", text
 
 
-def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
-    before, after, operator = source.num_layers, target.num_layers, growth.depth_operator
-    if operator is None:
+def _depth_problems(source: ModelConfig, target: ModelConfig, choice: Choice) -> Iterator[Problem]:
+    before, after, growth, depth = source.num_layers, target.num_layers, choice.growth, choice.depth
+    if depth is None:
         if before != after:
             text = f"{growth.operator} changes the width alone, so keep {before}; or use stack+{growth.operator}"
             yield "model.num_layers", text
@@ -114,8 +133,8 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
             yield "growth.layers", f"{growth.operator} changes the width alone; remove it, or use direct"
         return
     try:
-        layers = resolve_layers(growth.layers, before, after, operator)
-    except ConfigError as error:
+        layers = resolve_layers(growth.layers, before, after, depth.layers)
+    except GrowthError as error:
         if growth.layers is not None:
             yield "growth.layers", str(error)
         elif after < before:
@@ -127,12 +146,20 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
         else:
             yield "model.num_layers", str(error)
         return
-    if operator in ("identity", "zero", "random") and len(set(layers)) < before:
+    if depth.adds_layers and len(set(layers)) < before:
         missing = sorted(set(range(before)) - set(layers))
         text = (
-            f"{operator} keeps every source layer and adds new ones, but the list leaves out {missing}; name them too"
+            f"{depth.name} keeps every source layer and adds new ones, but the list leaves out {missing}; name them too"
         )
         yield "growth.layers", text
+
+
+def _size_problems(changes: dict[str, tuple[int, int]]) -> Iterator[Problem]:
+    for key, (before, after) in changes.items():
+        if after < before and key != "num_query_groups":
+            yield f"model.{key}", f"{after} is less than the source's {before}; a growth keeps or raises it"
+        elif after > MAX_WIDTH:
+            yield f"model.{key}", f"{after} is more than {MAX_WIDTH}, the largest that is planned for; correct it"
 
 
 def _idle_options(growth: GrowthConfig) -> Iterator[Problem]:
@@ -142,7 +169,7 @@ def _idle_options(growth: GrowthConfig) -> Iterator[Problem]:
             yield f"growth.{key}", "parts copies along the width, and no size along it grows; remove it"
 
 
-def _head_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> Iterator[Problem]:
+def _head_problems(source: ModelConfig, target: ModelConfig, width: Width) -> Iterator[Problem]:
     if target.head_dim % source.head_dim:
         below = target.head_dim // source.head_dim * source.head_dim
         text = (
@@ -152,37 +179,39 @@ def _head_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConfi
         if target.head_dim * target.num_attention_heads == target.hidden_size:
             text += f". It follows hidden_size / num_attention_heads: set head_dim {source.head_dim} to keep it"
         yield "model.head_dim", text
+    elif source.qk_norm and target.head_dim > source.head_dim and width.closes_with_zeros:
+        text = f"{width.name} adds channels to q that are not zero, and the norms of q and k would see them; keep "
+        yield "model.head_dim", f"{text}{source.head_dim}, or use split"
     before, after = source.num_query_groups, target.num_query_groups
     heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after
     if after < before:
         text = f"{after} is less than the source's {before}: keys and values would be lost; keep or raise it"
         yield "model.num_query_groups", text
         return
-    copying = growth.width_operator not in ("zero", "random")
     if heads_after >= heads_before:
         return
-    wanted = _smallest_heads(source, after, copying)
+    wanted = _smallest_heads(source, after, width.copies)
     text = (
         f"{target.num_attention_heads} heads in {after} groups are {heads_after} a group, which cannot hold the "
         f"{heads_before} heads of each of the source's {before} groups"
     )
-    if not copying:
-        text += f"; {growth.width_operator} adds new groups beside the old, so at least {wanted} heads, or use split"
+    if not width.copies:
+        text += f"; {width.name} adds new groups beside the old, so at least {wanted} heads, or use split"
         yield "model.num_attention_heads", text
     elif after // before * heads_after < heads_before:
         yield "model.num_attention_heads", f"{text}; nearest possible: {wanted} heads, or {before} groups"
 
 
 def _smallest_heads(source: ModelConfig, groups: int, copying: bool) -> int:
-    a_group = source.num_attention_heads // source.num_query_groups
-    return groups * (math.ceil(a_group / (groups // source.num_query_groups)) if copying else a_group)
+    heads_per_group = source.num_attention_heads // source.num_query_groups
+    return groups * (math.ceil(heads_per_group / (groups // source.num_query_groups)) if copying else heads_per_group)
 
 
-def _tiling_problems(changes: dict[str, tuple[int, int]]) -> Iterator[Problem]:
+def _tiling_problems(name: str, changes: dict[str, tuple[int, int]]) -> Iterator[Problem]:
     for key, (before, after) in changes.items():
         if key == "head_dim":
-            yield f"model.{key}", f"hypercloning clones heads whole, so keep {before}; or use split"
+            yield f"model.{key}", f"{name} clones heads whole, so keep {before}; or use split"
         elif after > before and after % before:
             below = after // before * before
-            text = f"hypercloning repeats the whole, so a multiple of {before}; nearest: {below} or {below + before}"
+            text = f"{name} repeats the whole, so a multiple of {before}; nearest: {below} or {below + before}"
             yield f"model.{key}", text

@@ -1,7 +1,8 @@
 """Layer lists: which source layer each layer of a deeper model is taken from.
 
-Owns: the notations people write, the lists of the depth operators, the connection rate.
-Does not own: tensors. A layer list is a plain tuple, target layer -> source layer, both counted from 0.
+Owns: the notations people write, the connection rate.
+Does not own: the lists of the operators (``growth.operators``), tensors. A layer list is a plain tuple, target layer ->
+source layer, both counted from 0.
 
 Two notations are read:
 
@@ -15,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from growth_megatron.errors import ConfigError
+from growth_megatron.errors import GrowthError
 
 MAX_LAYERS = 4096
 """Longest list accepted; it only guards against a mistyped repeat count filling the memory."""
+
+LayerList = Callable[[int, int], tuple[int, ...]]
+"""(source layers, target layers) -> source layer, from 0, of each target layer. Raises GrowthError."""
 
 _NOTATIONS = (
     "allowed: the paper's notation, digits counted from 1, '-' between segments, '*k' to repeat a segment "
@@ -30,7 +34,7 @@ def parse_layers(notation: str, source_layers: int) -> tuple[int, ...]:
     """Source layer, from 0, of each target layer named by ``notation``.
 
     Raises:
-        ConfigError: the notation is malformed or names a layer that the source does not have.
+        GrowthError: the notation is malformed or names a layer that the source does not have.
     """
     if "," in notation:
         return _parse_list(notation, source_layers)
@@ -44,93 +48,28 @@ def parse_layers(notation: str, source_layers: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def stack_layers(source_layers: int, target_layers: int) -> tuple[int, ...]:
-    """G_stack: target layer j is source layer j mod ``source_layers``; the target need not be a multiple.
-
-    Raises:
-        ConfigError: fewer target than source layers.
-    """
-    _check_growing("stack", source_layers, target_layers)
-    return tuple(target % source_layers for target in range(target_layers))
-
-
-def interpolate_layers(source_layers: int, target_layers: int) -> tuple[int, ...]:
-    """112233: the copies of a layer follow it (arXiv 2405.15319, interpolation; LLaMA-Pro's places for new blocks)."""
-    _check_growing("interpolate", source_layers, target_layers)
-    return tuple(target * source_layers // target_layers for target in range(target_layers))
-
-
-def solar_layers(source_layers: int, target_layers: int) -> tuple[int, ...]:
-    """SOLAR's depth up-scaling (arXiv 2312.15166): all but the last m layers, then all but the first m."""
-    _check_growing("solar", source_layers, target_layers)
-    if target_layers % 2 or target_layers > 2 * source_layers:
-        largest = 2 * source_layers
-        nearest = min(largest, target_layers + target_layers % 2)
-        raise ConfigError(
-            f"solar joins two stretches of the same length: num_layers {target_layers} is not an even number up to "
-            f"{largest}, twice the source's {source_layers}; nearest possible: {nearest}"
-        )
-    kept = target_layers // 2
-    return (*range(kept), *range(source_layers - kept, source_layers))
-
-
-def midas_layers(source_layers: int, target_layers: int) -> tuple[int, ...]:
-    """MIDAS (arXiv 2409.19044): the middle block, at most half of the layers, follows itself again and again."""
-    _check_growing("midas", source_layers, target_layers)
-    missing = target_layers - source_layers
-    size = min(missing, max(1, source_layers // 2))
-    if size == 0:
-        return tuple(range(source_layers))
-    start = (source_layers - size) // 2
-    end = start + size
-    middle = [*range(start, end)] * (missing // size)
-    return (*range(end), *middle, *range(end - missing % size, end), *range(end, source_layers))
-
-
-def gradual_layers(source_layers: int, target_layers: int) -> tuple[int, ...]:
-    """Gradual stacking (Reddi et al. 2023): the last layers are put on top once more; at most doubled in one hop."""
-    _check_growing("gradual", source_layers, target_layers)
-    layers = list(range(source_layers))
-    while (missing := target_layers - len(layers)) > 0:
-        layers += layers[-missing:]
-    return tuple(layers)
-
-
-DEPTH_LISTS: dict[str, Callable[[int, int], tuple[int, ...]]] = {
-    "stack": stack_layers,
-    "interpolate": interpolate_layers,
-    "solar": solar_layers,
-    "midas": midas_layers,
-    "gradual": gradual_layers,
-    "identity": interpolate_layers,
-    "zero": stack_layers,
-    "random": stack_layers,
-}
-"""Layer list of each depth operator; where new layers are not copies, a repeated entry says where they stand."""
-
-
 def resolve_layers(
-    layers: str | Sequence[int] | None, source_layers: int, target_layers: int, operator: str = "stack"
+    layers: str | Sequence[int] | None, source_layers: int, target_layers: int, own: LayerList
 ) -> tuple[int, ...]:
-    """Layer list of a growth as configured: a notation, a list counted from 0, or None for the operator's own.
+    """Layer list of a growth as configured: a notation, a list counted from 0, or None for ``own``, the operator's.
 
     Raises:
-        ConfigError: malformed, out of range, or not ``target_layers`` long.
+        GrowthError: malformed, out of range, or not ``target_layers`` long.
     """
     if layers is None:
-        return DEPTH_LISTS[operator](source_layers, target_layers)
+        return own(source_layers, target_layers)
     if isinstance(layers, str):
         resolved = parse_layers(layers, source_layers)
     else:
         resolved = tuple(layers)
         for position, layer in enumerate(resolved):
             if not 0 <= layer < source_layers:
-                raise ConfigError(
+                raise GrowthError(
                     f"layers {list(resolved)}: entry {position} is {layer}; allowed: 0 to {source_layers - 1}, "
                     f"the source has {source_layers} layers counted from 0"
                 )
     if len(resolved) != target_layers:
-        raise ConfigError(
+        raise GrowthError(
             f"layers {layers!r} gives {len(resolved)} layers but the target model has {target_layers}; "
             f"change the list, or set num_layers to {len(resolved)}"
         )
@@ -143,16 +82,6 @@ def connection_rate(layers: Sequence[int]) -> float:
     if not pairs:
         return 1.0
     return sum(after == before + 1 for before, after in pairs) / len(pairs)
-
-
-def _check_growing(operator: str, source_layers: int, target_layers: int) -> None:
-    if source_layers < 1 or target_layers < source_layers:
-        raise ConfigError(
-            f"cannot {operator} {source_layers} layers to {target_layers}; "
-            f"the target needs at least as many layers as the source, and both at least 1"
-        )
-    if target_layers > MAX_LAYERS:
-        raise ConfigError(f"cannot {operator} to {target_layers} layers; at most {MAX_LAYERS} are possible")
 
 
 def _parse_segment(notation: str, segment: str, column: int, source_layers: int) -> list[int]:
@@ -196,5 +125,5 @@ def _parse_list(notation: str, source_layers: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _error(notation: str, column: int, wrong: str, remedy: str) -> ConfigError:
-    return ConfigError(f"layers {notation!r}, column {column}: {wrong}; {remedy}")
+def _error(notation: str, column: int, wrong: str, remedy: str) -> GrowthError:
+    return GrowthError(f"layers {notation!r}, column {column}: {wrong}; {remedy}")

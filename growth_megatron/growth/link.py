@@ -152,7 +152,7 @@ def _origin(rule: TensorRule, layers: tuple[int, ...]) -> str:
 
 
 def _is_zero(rule: TensorRule, prefix: str, policy: OptimizerState) -> bool:
-    return rule.fill == "zero" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(policy))
+    return rule.fill == "zeros" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(policy))
 
 
 class Zeros:

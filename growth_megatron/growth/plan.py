@@ -17,19 +17,25 @@ from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.conditions import check_growth, width_changes
 from growth_megatron.growth.layers import resolve_layers
+from growth_megatron.growth.operators import Choice, choose
+from growth_megatron.growth.operators.base import Depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, Noise, TensorRule
 from growth_megatron.growth.width import WidthMaps
-from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
-from growth_megatron.model.tensors import TensorSource, split_state_key
-
-EMBEDDING, FINAL_NORM, OUTPUT = (
-    "embedding.word_embeddings.weight",
-    "decoder.final_layernorm.weight",
-    "output_layer.weight",
+from growth_megatron.model.architecture import (
+    EMBEDDING,
+    OUTPUT,
+    Kind,
+    Row,
+    layer_key,
+    layer_rows,
+    model_rows,
+    outer_rows,
+    row_of,
+    split_layer_key,
+    tensor_shapes,
+    without_layer_number,
 )
-_QKV, _PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
-_FC1, _FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
-_NEW_LAYERS = ("identity", "zero", "random")  # their repeated list entries are new layers, not copies
+from growth_megatron.model.tensors import TensorSource, split_state_key
 
 
 def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int = 0) -> GrowthPlan:
@@ -41,35 +47,35 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
     Raises:
         GrowthError: the operator cannot do it; the message names the nearest possible values.
     """
-    check_growth(source, target, growth)
-    operator = growth.depth_operator
-    layers = resolve_layers(growth.layers, source.num_layers, target.num_layers, operator or "stack")
-    maps = WidthMaps(source, target, growth, seed)
-    axes = _axes(maps)
+    choice = check_growth(source, target, growth)
+    keep_all = range(source.num_layers)
+    layers = tuple(keep_all)
+    if choice.depth is not None:
+        layers = resolve_layers(growth.layers, source.num_layers, target.num_layers, choice.depth.layers)
+    maps = WidthMaps(source, target, choice, seed)
+    axes = {row: maps.axes(row) for row in (*outer_rows(target), *layer_rows(target))}
     rules = []
-    for key, shape in tensor_shapes(target).items():
-        if key.startswith(LAYER_PREFIX):
-            number, _, name = key.removeprefix(LAYER_PREFIX).partition(".")
-            rules.append(_layer_rule(key, name, int(number), layers, axes[name], operator, shape))
+    for key, row in model_rows(target).items():
+        if (place := split_layer_key(key)) is not None:
+            rules.append(_layer_rule(key, row, place[0], layers, axes[row], choice.depth))
         else:
-            origin = EMBEDDING if key == OUTPUT and source.tie_embeddings else key
-            rules.append(TensorRule(key, axes[key], origin))
+            origin = EMBEDDING.name if row is OUTPUT and source.tie_embeddings else key
+            rules.append(TensorRule(key, axes[row], origin))
     noisy = tuple(_with_noise(rule, target, growth) for rule in rules)
     if growth.cancelling_noise and not any(rule.noise for rule in noisy):
         raise GrowthError("cancelling_noise: no input is copied, so there is nothing to cancel over; remove it")
-    new_layers = operator in _NEW_LAYERS and len(set(layers)) < len(layers)
     wider = bool(width_changes(source, target))
     return GrowthPlan(
-        operator=_name(growth, layers != tuple(range(source.num_layers)), wider),
+        operator=_name(choice, layers != tuple(keep_all), wider),
         source_geometry=source,
         target_geometry=target,
         rules=noisy,
         layers=layers,
         options=_options(growth),
         seed=seed,
-        function_preserving=_preserves(growth, layers, source.num_layers, wider),
+        function_preserving=_preserves(choice, layers, source.num_layers, wider),
         multipliers=_multipliers(noisy) if growth.multipliers else {},
-        silent=(*_silent_layers(operator, new_layers), *(() if growth.noise else _silent_width(maps))),
+        zero_gradient_at_first=(*_silent_layers(choice.depth, layers), *(() if growth.noise else _silent_width(maps))),
         inexact_moments=_inexact(maps, noisy),
     )
 
@@ -83,7 +89,7 @@ def plan_of_record(record: GrowthRecord) -> GrowthPlan:
     """The plan of a growth in a checkpoint's lineage, made anew."""
     fields: dict[str, Any] = {**record.options, "layers": record.layers, "optimizer_state": record.optimizer_state}
     growth = GrowthConfig(operator=record.operator, **fields)
-    if growth.depth_operator is None:
+    if choose(growth).depth is None:
         growth = growth.model_copy(update={"layers": None})
     return plan_growth(record.source_geometry, record.target_geometry, growth, record.seed)
 
@@ -111,44 +117,24 @@ def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:
         )
 
 
-def _axes(maps: WidthMaps) -> dict[str, tuple[AxisRule, ...]]:
-    """Axis rules by the name of a tensor, within a layer or of the whole model."""
-    read, write, gains = maps.read(), maps.write(), maps.gains()
-    vocabulary = AxisRule(maps.target.padded_vocab_size)
-    return {
-        "self_attention.linear_qkv.layer_norm_weight": (gains,),
-        _QKV: (maps.attention_in(), read),
-        _PROJ: (write, maps.attention_out()),
-        "mlp.linear_fc1.layer_norm_weight": (gains,),
-        _FC1: (maps.ffn_in(), read),
-        _FC2: (write, maps.ffn_out()),
-        EMBEDDING: (vocabulary, write),
-        FINAL_NORM: (maps.tied_gains() if maps.target.tie_embeddings else gains,),
-        OUTPUT: (vocabulary, read),
-    }
-
-
 def _layer_rule(
-    key: str,
-    name: str,
-    layer: int,
-    layers: Sequence[int],
-    axes: tuple[AxisRule, ...],
-    operator: str | None,
-    shape: tuple[int, ...],
+    key: str, row: Row, layer: int, layers: Sequence[int], axes: tuple[AxisRule, ...], depth: Depth | None
 ) -> TensorRule:
-    source = f"{LAYER_PREFIX}{layers[layer]}.{name}"
+    source = layer_key(layers[layer], row.name)
     if layers[layer] not in layers[:layer]:
         return TensorRule(key, axes, source)
-    if operator == "random":
-        return TensorRule(key, tuple(AxisRule(size) for size in shape), fill="init", state="new")
-    if operator in _NEW_LAYERS:
-        # A block with o = down = 0 passes the stream on unchanged (LLaMA-Pro, arXiv 2401.02415). Its gains stay: with
-        # them zero the block could never learn.
-        if name in (_PROJ, _FC2):
-            return TensorRule(key, tuple(AxisRule(size) for size in shape), fill="zero", state="new")
-        return TensorRule(key, axes, source, state="new")
-    return TensorRule(key, axes, source, state="copy")
+    if depth is None or depth.repeats == "copy":
+        return TensorRule(key, axes, source, state="copy")
+    as_it_is = tuple(AxisRule(axis.target_size) for axis in axes)
+    if depth.repeats == "initial":
+        return TensorRule(key, as_it_is, fill="initial", state="new")
+    if row.is_matrix and _writes_stream(row):
+        return TensorRule(key, as_it_is, fill="zeros", state="new")
+    return TensorRule(key, axes, source, state="new")
+
+
+def _writes_stream(row: Row) -> bool:
+    return any(axis.kind is Kind.RESIDUAL and axis.use == "out" for axis in row.axes)
 
 
 def _with_noise(rule: TensorRule, target: ModelConfig, growth: GrowthConfig) -> TensorRule:
@@ -156,26 +142,25 @@ def _with_noise(rule: TensorRule, target: ModelConfig, growth: GrowthConfig) -> 
     if rule.source is None or len(rule.axes) == 1:
         return rule
     noise = None
-    if growth.noise and rule.target.startswith(LAYER_PREFIX):
+    if growth.noise and split_layer_key(rule.target) is not None:
         d, depth = target.hidden_size, target.num_layers
-        into_stream = rule.target.endswith((_PROJ, _FC2))
-        variance = 1 / (d * depth**2) if into_stream else 2 / (5 * d)
+        variance = 1 / (d * depth**2) if _writes_stream(row_of(rule.target)) else 2 / (5 * d)
         noise = Noise(deviation=growth.noise * math.sqrt(variance), mix=growth.noise)
-    elif growth.cancelling_noise and rule.target != EMBEDDING and rule.axes[1].index is not None:
+    elif growth.cancelling_noise and rule.target != EMBEDDING.name and rule.axes[1].index is not None:
         noise = Noise(deviation=growth.cancelling_noise * target.init_std, cancelling=True)
     if noise is None:
         return rule
     return TensorRule(rule.target, rule.axes, rule.source, noise=noise, state=rule.state)
 
 
-def _name(growth: GrowthConfig, deeper: bool, wider: bool) -> str:
+def _name(choice: Choice, deeper: bool, wider: bool) -> str:
     """What was done, in the names of the operators: direct growth of the depth alone is a stack."""
-    depth, width = growth.depth_operator, growth.width_operator
-    if depth is None or width is None:
-        return growth.operator
+    if choice.depth is None or choice.width is None:
+        return choice.growth.operator
+    depth, width = choice.depth.name, choice.width.name
     if not wider:
         return depth
-    return width if not deeper else growth.operator if depth == width else f"{depth}+{width}"
+    return width if not deeper else choice.growth.operator if depth == width else f"{depth}+{width}"
 
 
 def _options(growth: GrowthConfig) -> dict[str, Any]:
@@ -184,20 +169,20 @@ def _options(growth: GrowthConfig) -> dict[str, Any]:
     return growth.model_dump(exclude=elsewhere, exclude_defaults=True)
 
 
-def _preserves(growth: GrowthConfig, layers: Sequence[int], source_layers: int, wider: bool) -> bool:
+def _preserves(choice: Choice, layers: Sequence[int], source_layers: int, wider: bool) -> bool:
     """Whether source and target are the same function."""
-    originals = tuple(dict.fromkeys(layers))
-    same_depth = tuple(layers) == tuple(range(source_layers))
-    if not same_depth:
-        same_depth = growth.depth_operator in ("identity", "zero") and originals == tuple(range(source_layers))
-    return same_depth and not growth.noise and not (wider and growth.width_operator == "random")
+    in_order = tuple(dict.fromkeys(layers)) == tuple(range(source_layers))
+    adds_identities = choice.depth is not None and choice.depth.keeps_function
+    same_depth = in_order and (len(layers) == source_layers or adds_identities)
+    same_width = not wider or (choice.width is not None and choice.width.keeps_function)
+    return same_depth and same_width and not choice.growth.noise
 
 
 def _multipliers(rules: Sequence[TensorRule]) -> dict[str, Multipliers]:
     """lr' = a lr, wd' = wd / a and eps' = g eps of each tensor, where a and g are one number for all of it."""
     result: dict[str, Multipliers] = {}
     for rule in rules:
-        key = _pattern(rule.target)
+        key = without_layer_number(rule.target)
         if rule.source is None or key in result:
             continue
         a, g = _uniform(rule, "scale"), _uniform(rule, "gradient_scale")
@@ -219,31 +204,25 @@ def _uniform(rule: TensorRule, factor: str) -> float | None:
     return product
 
 
-def _pattern(key: str) -> str:
-    if not key.startswith(LAYER_PREFIX):
-        return key
-    return f"{LAYER_PREFIX}*.{key.removeprefix(LAYER_PREFIX).partition('.')[2]}"
-
-
 def inexact_multipliers(plan: GrowthPlan) -> list[str]:
     """Tensors (layer number ``*``) for which no one learning rate follows the source run."""
-    first = {_pattern(rule.target): rule for rule in reversed(plan.rules) if rule.source}
+    first = {without_layer_number(rule.target): rule for rule in reversed(plan.rules) if rule.source}
     return sorted(key for key, rule in first.items() if _uniform(rule, "scale") is None)
 
 
-def _silent_layers(operator: str | None, new_layers: bool) -> list[str]:
-    if not new_layers or operator not in ("identity", "zero"):
+def _silent_layers(depth: Depth | None, layers: Sequence[int]) -> list[str]:
+    if depth is None or depth.repeats != "zero_output" or len(set(layers)) == len(layers):
         return []
     return ["qkv, fc1 and gains of the new layers: their o and down are zero (these get a gradient, the others follow)"]
 
 
 def _silent_width(maps: WidthMaps) -> list[str]:
     """New parts without a gradient in the first step, with the reason."""
-    source, target, operator = maps.source, maps.target, maps.operator
+    source, target = maps.source, maps.target
     silent = []
-    if maps.copies and target.head_dim > source.head_dim:
+    if maps.width.copies and target.head_dim > source.head_dim:
         silent.append("new q and k channels: both give zero, so without noise they stay zero")
-    if operator != "zero":
+    if not maps.width.closes_with_zeros:
         return silent
     if target.hidden_size > source.hidden_size:
         silent.append(

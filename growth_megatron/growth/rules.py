@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from growth_megatron.checkpoint.folder.manifest import Multipliers
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
+
+if TYPE_CHECKING:
+    import torch
 
 ZERO, RANDOM = -1, -2
 """Entries of an index for coordinates without a source. Where a zero and a random axis meet, random wins."""
@@ -53,25 +54,36 @@ class AxisRule:
 
     @cached_property
     def index_tensor(self) -> torch.Tensor | None:
-        return None if self.index is None else torch.tensor(self.index)
+        """``[target size]``, int64."""
+        return _tensor(self.index)
 
     @cached_property
     def scale_tensor(self) -> torch.Tensor | None:
-        """float64, as all factors: they are rounded once, to the type of the computation."""
-        return None if self.scale is None else torch.tensor(self.scale, dtype=torch.float64)
+        """``[target size]``, float64, as all factors: they are rounded once, to the type of the computation."""
+        return _tensor(self.scale)
 
     @cached_property
     def gradient_tensor(self) -> torch.Tensor | None:
-        return None if self.gradient_scale is None else torch.tensor(self.gradient_scale, dtype=torch.float64)
+        """``[target size]``, float64."""
+        return _tensor(self.gradient_scale)
 
     @cached_property
     def new_tensor(self) -> torch.Tensor | None:
-        return None if self.new is None else torch.tensor(self.new)
+        """``[target size]``, bool."""
+        return _tensor(self.new)
 
     @cached_property
     def has_sourceless(self) -> bool:
         """Whether some coordinate has no source."""
         return self.index is not None and min(self.index) < 0
+
+
+def _tensor(values: tuple[Any, ...] | None) -> torch.Tensor | None:
+    if values is None:
+        return None
+    import torch  # plans and their checks need none
+
+    return torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else None)
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class TensorRule:
     target: str
     axes: tuple[AxisRule, ...]
     source: str | None = None
-    fill: Literal["zero", "init"] | None = None
+    fill: Literal["zeros", "initial"] | None = None
     noise: Noise | None = None
     state: Literal["old", "copy", "new"] = "old"
 
@@ -129,9 +141,9 @@ class TensorRule:
 class GrowthPlan:
     """A growth from one geometry to another: one rule per tensor of the target model.
 
-    ``silent`` names the new parts that get no gradient in the first step, and why; ``inexact_moments`` the parts whose
-    carried moments only approximate those of the grown model. ``multipliers`` are those under which the grown run
-    follows the source run, by model key with the layer number written ``*``.
+    ``zero_gradient_at_first`` names the new parts that get no gradient in the first step, and why; ``inexact_moments``
+    the parts whose carried moments only approximate those of the grown model. ``multipliers`` are those under which the
+    grown run follows the source run, by model key with the layer number written ``*``.
     """
 
     operator: str
@@ -143,13 +155,13 @@ class GrowthPlan:
     seed: int = 0
     function_preserving: bool = False
     multipliers: Mapping[str, Multipliers] = field(default_factory=dict)
-    silent: tuple[str, ...] = ()
+    zero_gradient_at_first: tuple[str, ...] = ()
     inexact_moments: tuple[str, ...] = ()
 
     @property
     def is_selection(self) -> bool:
         """Whether stored chunks, and zeros, are all that the target needs."""
-        return all(rule.is_selection or rule.fill == "zero" for rule in self.rules)
+        return all(rule.is_selection or rule.fill == "zeros" for rule in self.rules)
 
 
 def check_optimizer_state(policy: str) -> OptimizerState:

@@ -64,7 +64,7 @@ class GrownSource:
         prefix, rule = self._rule(key)
         spec = self.spec(key)
         check_region(key, spec.shape, region)
-        if rule.fill == "zero" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(self._policy)):
+        if rule.fill == "zeros" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(self._policy)):
             return torch.zeros((), dtype=spec.dtype).expand([part.stop - part.start for part in region])
         if rule.is_selection:
             return self._source.read(f"{prefix}{rule.source}", region)

@@ -13,15 +13,18 @@ times that of its source, of a ffn row alpha_j, of a reader's column 1, which gi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.conditions import zero_width_norm_epsilon
+from growth_megatron.growth.operators import Choice
+from growth_megatron.growth.operators.base import Width
 from growth_megatron.growth.rules import RANDOM, ZERO, AxisRule
+from growth_megatron.model.architecture import FINAL_NORM, K_NORM, Q_NORM, Axis, Kind, Row
 from growth_megatron.parallel.counter_rng import normal_rows
 
+_UNCHANGED = Width("unchanged", "")  # of a growth in depth alone: every map is the axis itself
 _UNEVENNESS = 0.3  # deviation of the logarithm of an uneven share, before the shares are made to sum to 1
 
 
@@ -85,21 +88,57 @@ class WidthMaps:
     Args: both geometries, already checked by ``growth.conditions``, and the options. ``seed`` keys uneven shares.
     """
 
-    def __init__(self, source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int) -> None:
-        self.source, self.target, self.operator = source, target, growth.width_operator or "split"
-        self._growth, self._seed = growth, seed
-        self.copies = self.operator not in ("zero", "random")
+    def __init__(self, source: ModelConfig, target: ModelConfig, choice: Choice, seed: int) -> None:
+        self.source, self.target, self.width = source, target, choice.width or _UNCHANGED
+        self._choice, self._seed = choice, seed
         self.residual = self._axis("hidden", source.hidden_size, target.hidden_size, ZERO)
         self.ffn = self._axis("ffn", source.ffn_hidden_size, target.ffn_hidden_size, RANDOM)
         self.channels = self._axis("channel", source.head_dim, target.head_dim, ZERO)
-        self.heads = self._copied_heads() if self.copies else self._added_heads()
+        self.heads = self._copied_heads() if self.width.copies else self._added_heads()
         grown = target.hidden_size / source.hidden_size
-        if self.copies:
+        if self.width.copies:
             self.stream = tuple(math.sqrt(grown * share) for share in self.residual.share)
             self.gain = tuple(1 / s for s in self.stream)
             self.tied_gain = tuple(share / s**2 for share, s in zip(self.residual.share, self.stream, strict=True))
         else:
-            self._zero_width_factors(math.sqrt(grown) if self.operator == "zero" else 1.0)
+            self._added_width_factors(math.sqrt(grown) if self.width.closes_with_zeros else 1.0)
+
+    def axes(self, row: Row) -> tuple[AxisRule, ...]:
+        """The rule of each axis of a tensor, by its kind and use."""
+        if row is FINAL_NORM and self.target.tie_embeddings:
+            return (self.tied_gains(),)
+        if row in (Q_NORM, K_NORM):
+            return (self._head_gains(row),)
+        return tuple(self._rule(axis) for axis in row.axes)
+
+    def _rule(self, axis: Axis) -> AxisRule:
+        rules: dict[tuple[Kind, str], Callable[[], AxisRule]] = {
+            (Kind.RESIDUAL, "out"): self.write,
+            (Kind.RESIDUAL, "in"): self.read,
+            (Kind.RESIDUAL, "gain"): self.gains,
+            (Kind.QKV, "out"): self.attention_in,
+            (Kind.HEADS, "in"): self.attention_out,
+            (Kind.GATE_UP, "out"): self.ffn_in,
+            (Kind.FFN, "in"): self.ffn_out,
+            (Kind.VOCABULARY, "out"): lambda: AxisRule(self.target.padded_vocab_size),
+        }
+        return rules[axis.kind, axis.use]()
+
+    def _head_gains(self, row: Row) -> AxisRule:
+        """Gains of the norm over each head of q or k, which all heads share.
+
+        A head r times as wide holds q and k times sqrt(r), whose mean square over the wider head is what it was; so
+        the norms' outputs are sqrt(r) times as large, their product r times, where the softmax divides by sqrt(r)
+        more: the gains of q make up for it.
+        """
+        channels, repeats = self.source.head_dim, self.target.head_dim // self.source.head_dim
+        index = rotary_channels(channels, repeats)
+        factor = 1 / math.sqrt(repeats) if row is Q_NORM else 1.0
+        marked = tuple(RANDOM if channel < 0 else channel for channel in index)
+        scale = tuple(1.0 if channel < 0 else factor for channel in index)
+        gradient = tuple(1 / s for s in scale)
+        new = tuple(channel < 0 for channel in index)
+        return axis_rule(Spread(channels, marked, (1.0,) * len(index), new), scale, gradient)
 
     def write(self) -> AxisRule:
         """Axis of a tensor along which it writes to the residual stream."""
@@ -108,7 +147,7 @@ class WidthMaps:
 
     def read(self) -> AxisRule:
         """Axis of a tensor along which it reads the normed residual stream."""
-        mark = RANDOM if not self.copies else ZERO
+        mark = ZERO if self.width.copies else RANDOM
         return axis_rule(self._marked(self.residual, mark), self.residual.share, None)
 
     def gains(self) -> AxisRule:
@@ -124,7 +163,7 @@ class WidthMaps:
     def ffn_in(self) -> AxisRule:
         """Rows of the fused gate and up projections, gate above up."""
         # With both factors of silu(gate) * up zero, a new unit would never get a gradient: the gate stays random.
-        up = self._marked(self.ffn, RANDOM if self.operator == "random" else ZERO)
+        up = self._marked(self.ffn, self.width.closing)
         size = self.ffn.source_size
         fused = Spread(
             2 * size,
@@ -155,9 +194,9 @@ class WidthMaps:
     def attention_in(self) -> AxisRule:
         """Rows of the fused q, k, v projection, per query group q..q k v."""
         rows = _FusedRows()
-        a_group = len(self.heads.heads) // len(self.heads.groups)
+        heads_per_group = len(self.heads.heads) // len(self.heads.groups)
         for group, gain in enumerate(self.heads.group_gain):
-            for head in range(group * a_group, (group + 1) * a_group):
+            for head in range(group * heads_per_group, (group + 1) * heads_per_group):
                 self._query_rows(rows, head)
             self._key_rows(rows, group, gain)
             self._value_rows(rows, group, gain)
@@ -168,12 +207,12 @@ class WidthMaps:
 
     def _query_rows(self, rows: _FusedRows, head: int) -> None:
         source, repeats = self.source, self.target.head_dim // self.source.head_dim
-        a_group = source.num_attention_heads // source.num_query_groups
+        heads_per_group = source.num_attention_heads // source.num_query_groups
         number, share, new = self.heads.heads.index[head], self.heads.heads.share[head], self.heads.heads.new[head]
-        start = number // a_group * (a_group + 2) + number % a_group
-        # The softmax divides by the root of the channels, so q makes up for it.
+        start = number // heads_per_group * (heads_per_group + 2) + number % heads_per_group
+        # The softmax divides by the root of the channels, so q makes up for it; under a norm it keeps its mean square.
         factor = math.sqrt(repeats)
-        filled = RANDOM if not self.copies else ZERO
+        filled = ZERO if self.width.copies else RANDOM
         for channel in rotary_channels(source.head_dim, repeats):
             missing = number < 0 or channel < 0
             index = filled if missing else start * source.head_dim + channel
@@ -181,15 +220,16 @@ class WidthMaps:
 
     def _key_rows(self, rows: _FusedRows, group: int, gain: float) -> None:
         h, start = self.source.head_dim, self._group_row(group)
-        filled = RANDOM if self.operator == "random" else ZERO
-        for channel in rotary_channels(h, self.target.head_dim // h):
+        filled, repeats = self.width.closing, self.target.head_dim // h
+        factor = math.sqrt(repeats) if self.source.qk_norm else 1.0
+        for channel in rotary_channels(h, repeats):
             missing = start is None or channel < 0
             index = filled if start is None or channel < 0 else start + channel
-            rows.add(index, 1.0, gain, self.heads.groups.new[group] or missing)
+            rows.add(index, factor, gain / factor, self.heads.groups.new[group] or missing)
 
     def _value_rows(self, rows: _FusedRows, group: int, gain: float) -> None:
         start = self._group_row(group)
-        filled = RANDOM if self.operator == "random" else ZERO
+        filled = self.width.closing
         for channel, share, new in zip(self.channels.index, self.channels.share, self.channels.new, strict=True):
             index = filled if start is None or channel < 0 else start + self.source.head_dim + channel
             rows.add(index, 1.0, gain * share, self.heads.groups.new[group] or new)
@@ -199,23 +239,23 @@ class WidthMaps:
         number = self.heads.groups.index[group]
         if number < 0:
             return None
-        a_group = self.source.num_attention_heads // self.source.num_query_groups
-        return (number * (a_group + 2) + a_group) * self.source.head_dim
+        heads_per_group = self.source.num_attention_heads // self.source.num_query_groups
+        return (number * (heads_per_group + 2) + heads_per_group) * self.source.head_dim
 
     def _axis(self, kind: str, source_size: int, target_size: int, mark: int) -> Spread:
-        if not self.copies:
-            return extend(source_size, target_size, RANDOM if self.operator == "random" else mark)
-        return spread(source_size, target_size, self._growth.copy_order, self._weights(kind, target_size))
+        if not self.width.copies:
+            return extend(source_size, target_size, RANDOM if self.width.closing == RANDOM else mark)
+        return spread(source_size, target_size, self._choice.copy_order, self._weights(kind, target_size))
 
     def _weights(self, kind: str, size: int) -> list[float] | None:
-        if self._growth.shares == "even":
+        if self._choice.growth.shares == "even":
             return None
         return [math.exp(_UNEVENNESS * float(n)) for n in normal_rows(self._seed, f"shares:{kind}", range(1), size)[0]]
 
     def _marked(self, axis: Spread, mark: int) -> Spread:
         return Spread(axis.source_size, tuple(i if i >= 0 else mark for i in axis.index), axis.share, axis.new)
 
-    def _zero_width_factors(self, root: float) -> None:
+    def _added_width_factors(self, root: float) -> None:
         """``root`` is sqrt(D / d): without copies the mean square over D coordinates is d / D of what it was."""
         old, size = self.source.hidden_size, self.target.hidden_size
         epsilon = zero_width_norm_epsilon(self.source, size)
@@ -229,29 +269,31 @@ class WidthMaps:
     def _copied_heads(self) -> Heads:
         """Groups first, then heads inside the group; where a target group has fewer heads than its source, the copies
         of a group share its heads out among them (GQA to MHA)."""
-        source, target, order = self.source, self.target, self._growth.copy_order
+        source, target, order = self.source, self.target, self._choice.copy_order
         before, after = source.num_query_groups, target.num_query_groups
-        m, wanted = source.num_attention_heads // before, target.num_attention_heads // after
+        heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after
         groups = spread(before, after, order, self._weights("group", after))
-        if wanted >= m:
-            inside = spread(m, wanted, order, self._weights("head", wanted))
-            pairs = [(g, i) for g in range(after) for i in range(wanted)]
+        if heads_after >= heads_before:
+            inside = spread(heads_before, heads_after, order, self._weights("head", heads_after))
+            pairs = [(g, i) for g in range(after) for i in range(heads_after)]
             heads = Spread(
                 source.num_attention_heads,
-                tuple(groups.index[g] * m + inside.index[i] for g, i in pairs),
+                tuple(groups.index[g] * heads_before + inside.index[i] for g, i in pairs),
                 tuple(groups.share[g] * inside.share[i] for g, i in pairs),
                 tuple(groups.new[g] or inside.new[i] for g, i in pairs),
             )
             return Heads(heads, groups, (ZERO,) * len(pairs), groups.share, True)
         members = [[g for g in range(after) if groups.index[g] == number] for number in range(before)]
-        index, share, new = ([0] * (after * wanted), [0.0] * (after * wanted), [False] * (after * wanted))
+        in_all = after * heads_after
+        index, share, new = [0] * in_all, [0.0] * in_all, [False] * in_all
         for number, copies in enumerate(members):
-            shared_out = spread(m, len(copies) * wanted, order, self._weights(f"head {number}", len(copies) * wanted))
+            slots = len(copies) * heads_after
+            shared_out = spread(heads_before, slots, order, self._weights(f"head {number}", slots))
             for slot in range(len(shared_out)):
-                head = copies[slot // wanted] * wanted + slot % wanted
-                index[head] = number * m + shared_out.index[slot]
+                head = copies[slot // heads_after] * heads_after + slot % heads_after
+                index[head] = number * heads_before + shared_out.index[slot]
                 share[head], new[head] = shared_out.share[slot], shared_out.new[slot]
-        gain = tuple(sum(share[g * wanted : (g + 1) * wanted]) / m for g in range(after))
+        gain = tuple(sum(share[g * heads_after : (g + 1) * heads_after]) / heads_before for g in range(after))
         heads = Spread(source.num_attention_heads, tuple(index), tuple(share), tuple(new))
         return Heads(heads, groups, (ZERO,) * len(index), gain, False)
 
@@ -260,11 +302,11 @@ class WidthMaps:
         values that are not zero, so under zero its columns in o are; in a new group the values are."""
         source, target = self.source, self.target
         before, after = source.num_query_groups, target.num_query_groups
-        m, wanted = source.num_attention_heads // before, target.num_attention_heads // after
+        heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after
         groups = extend(before, after, RANDOM)
-        in_old_group = RANDOM if self.operator == "random" else ZERO
-        pairs = [(g, i) for g in range(after) for i in range(wanted)]
-        index = tuple(g * m + i if g < before and i < m else RANDOM for g, i in pairs)
+        in_old_group = self.width.closing
+        pairs = [(g, i) for g in range(after) for i in range(heads_after)]
+        index = tuple(g * heads_before + i if g < before and i < heads_before else RANDOM for g, i in pairs)
         marks = tuple(in_old_group if g < before else RANDOM for g, _ in pairs)
         heads = Spread(source.num_attention_heads, index, (1.0,) * len(pairs), tuple(i < 0 for i in index))
         return Heads(heads, groups, marks, (1.0,) * after, True)

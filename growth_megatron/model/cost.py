@@ -1,7 +1,7 @@
 """Arithmetic of a model at a layout: parameters, FLOPs, bytes per rank, pipeline bubble.
 
 Owns: closed formulas over a geometry and a layout; every one counts what this package's model keeps.
-Does not own: runs and stages as a whole (``model.plan``).
+Does not own: runs and stages as a whole (``train.plan``).
 
 Symbols: s sequence, b micro-batch, h hidden, n heads, g query groups, d head channels, f ffn, V padded vocabulary,
 L layers, t tensor-parallel size, p pipeline-parallel size, v model chunks per pipeline rank.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig, TrainingConfig
+from growth_megatron.model.architecture import EMBEDDING, FINAL_NORM, OUTPUT, Row, layer_rows, numel, outer_rows
 
 FP32_BYTES = 4
 _MOMENTS_BYTES = 2 * FP32_BYTES  # exp_avg and exp_avg_sq
@@ -59,21 +60,20 @@ class RankMemory:
 
 
 def _layer_matrices(model: ModelConfig) -> int:
-    """Entries of one layer's matrices: qkv (n + 2g) d h, attention output h n d, gate and up 2 f h, down h f."""
-    attention = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim * model.hidden_size
-    return attention + 3 * model.ffn_hidden_size * model.hidden_size
+    """Entries of one layer's matrices, each of which multiplies every token."""
+    return sum(numel(row, model) for row in layer_rows(model) if row.is_matrix)
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Exact number of parameters."""
-    vocabulary = model.padded_vocab_size * model.hidden_size
-    per_layer = _layer_matrices(model) + 2 * model.hidden_size
+    per_layer = sum(numel(row, model) for row in layer_rows(model))
+    outer = {row: numel(row, model) for row in outer_rows(model)}
     return ParameterCount(
-        embedding=vocabulary,
+        embedding=outer[EMBEDDING],
         per_layer=per_layer,
         layers=model.num_layers * per_layer,
-        final_norm=model.hidden_size,
-        output=0 if model.tie_embeddings else vocabulary,
+        final_norm=outer[FINAL_NORM],
+        output=outer.get(OUTPUT, 0),
     )
 
 
@@ -85,7 +85,7 @@ def flops_per_token(model: ModelConfig) -> int:
     forward; all s positions are counted, although the causal mask lets a kernel skip half of them, and recomputation is
     not counted (PaLM, arXiv 2204.02311, appendix B).
     """
-    matrices = model.num_layers * _layer_matrices(model) + model.padded_vocab_size * model.hidden_size
+    matrices = model.num_layers * _layer_matrices(model) + numel(OUTPUT, model)
     attention = model.num_layers * model.sequence_length * model.num_attention_heads * model.head_dim
     return 6 * matrices + 12 * attention
 
@@ -117,16 +117,17 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, pipeline_rank:
     Tied embeddings are stored on the first and again on the last pipeline stage, where these differ.
     """
     size, tensor = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
-    vocabulary = model.padded_vocab_size * model.hidden_size // tensor
-    per_layer = _layer_matrices(model) // tensor + 2 * model.hidden_size
-    count = model.num_layers // size * per_layer
-    last = pipeline_rank == size - 1
+
+    def stored(row: Row) -> int:
+        return numel(row, model) // (tensor if row.split_axis is not None else 1)
+
+    count = model.num_layers // size * sum(map(stored, layer_rows(model)))
     if pipeline_rank == 0:
-        count += vocabulary
-    if last:
-        count += model.hidden_size
+        count += stored(EMBEDDING)
+    if pipeline_rank == size - 1:
+        count += stored(FINAL_NORM)
         if not (model.tie_embeddings and size == 1):
-            count += vocabulary
+            count += stored(OUTPUT)
     return count
 
 

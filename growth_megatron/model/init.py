@@ -1,8 +1,7 @@
 """Initial weights, computed per region of a global tensor: bit-equal at every layout.
 
-Owns: the initial distribution of a LLaMA's global tensors.
-Does not own: their names and shapes (``model.architecture``), who reads the regions (a live model in
-``checkpoint.torch_dist.live_model``).
+Owns: the values of a freshly initialised model's global tensors.
+Does not own: which distribution a tensor has, names and shapes (``model.architecture``), who reads the regions.
 """
 
 from __future__ import annotations
@@ -13,35 +12,38 @@ import numpy as np
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.architecture import tensor_shapes
-from growth_megatron.model.tensors import TensorSpec
+from growth_megatron.model.architecture import model_rows
+from growth_megatron.model.tensors import Region, TensorSpec
 from growth_megatron.parallel.counter_rng import normal_rows
 
 
 class InitSource:
     """A freshly initialised model as a source of global tensors, in float32.
 
-    Gains are 1; matrices are normal with deviation ``init_std``, those that write to the residual stream with
-    ``init_std / sqrt(2 num_layers)``. Rows beyond the tokenizer's vocabulary are initialised like the others.
+    Rows beyond the tokenizer's vocabulary are initialised like the others.
     """
 
     def __init__(self, model: ModelConfig, seed: int) -> None:
         self._model, self._seed = model, seed
-        self._shapes = tensor_shapes(model)
+        self._rows = model_rows(model)
 
     def keys(self) -> list[str]:
-        return list(self._shapes)
+        """All tensors, in the model's order."""
+        return list(self._rows)
 
     def spec(self, key: str) -> TensorSpec:
-        return TensorSpec(self._shapes[key], torch.float32)
+        """Global shape; float32."""
+        return TensorSpec(self._rows[key].shape(self._model), torch.float32)
 
-    def read(self, key: str, region: tuple[slice, ...]) -> torch.Tensor:
-        """The values of one region (a slice with explicit bounds per axis), ``float32``."""
-        shape = self._shapes[key]
-        if len(shape) == 1:
-            return torch.ones(region[0].stop - region[0].start)
-        writes_residual = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        std = self._model.init_std / math.sqrt(2 * self._model.num_layers) if writes_residual else self._model.init_std
-        values = normal_rows(self._seed, key, range(region[0].start, region[0].stop), shape[1])
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """The values of one region, of its shape, ``float32``."""
+        row = self._rows[key]
+        if not row.is_matrix:
+            return torch.full((region[0].stop - region[0].start,), 1.0 if row.initial == "ones" else 0.0)
+        std = self._model.init_std
+        if row.initial == "normal_deep":
+            std /= math.sqrt(2 * self._model.num_layers)
+        columns = row.shape(self._model)[1]
+        values = normal_rows(self._seed, key, range(region[0].start, region[0].stop), columns)
         values = values[:, region[1]] * np.float32(std)
         return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,7 +1,7 @@
 """LLaMA as megatron-core's GPTModel.
 
 Owns: the translation of a geometry and a layout into a TransformerConfig and a ModuleSpec; SDPA attention; RMSNorm.
-Does not own: initial values (``model.init``), wrapping for data parallelism (``train.setup``).
+Does not own: initial values (``model.init``), wrapping for data parallelism (``train.engine``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import (
@@ -23,7 +24,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig, RopeScaling, TrainingConfig
 
 
 class RMSNorm(torch.nn.Module):
@@ -99,6 +100,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.attention_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_dropout_fusion=False,
@@ -140,10 +143,13 @@ def _build_chunk(config: TransformerConfig, model: ModelConfig, parallel: Parall
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     first = pipeline_rank == 0 and chunk == 0
     last = pipeline_rank == parallel.pipeline_parallel_size - 1 and chunk == parallel.chunks - 1
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage, pipeline_rank)
     spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
     gpt = GPTModel(
@@ -159,10 +165,23 @@ def _build_chunk(config: TransformerConfig, model: ModelConfig, parallel: Parall
         rotary_base=model.rope_base,
         vp_stage=vp_stage,
     )
+    if model.rope_scaling is not None:
+        _scale_rotary(gpt.rotary_pos_emb, model.rope_scaling)
     _mark_tensor_parallel(gpt)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
     return gpt.bfloat16() if config.bf16 else gpt
+
+
+def _scale_rotary(rotary: RotaryEmbedding, scaling: RopeScaling) -> None:
+    """LLaMA 3's frequencies; GPTModel's own switch has a factor and three constants where a model has four numbers."""
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position_embeddings,
+    )
 
 
 def _mark_tensor_parallel(gpt: GPTModel) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.config.load import load_config
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.units import count, duration, fixed, size
 from growth_megatron.errors import DataError, GrowthMegatronError
+from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import parameter_count
 from growth_megatron.report.plots import plot_loss
 from growth_megatron.train.console import geometry

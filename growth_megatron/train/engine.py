@@ -37,9 +37,9 @@ from growth_megatron.checkpoint.torch_dist.optimizer_groups import (
     EPSILON,
     check_multipliers,
     group_overrides,
-    without_layer_number,
 )
 from growth_megatron.config.schema import StageConfig
+from growth_megatron.model.architecture import row_of, without_layer_number
 from growth_megatron.model.llama import build_model_chunks
 
 Batch = dict[str, torch.Tensor]
@@ -120,7 +120,7 @@ class Engine:
         members: dict[tuple[tuple[str, float], ...], set[int]] = {}
         for param, key in _parameter_keys(self.models) if self.multipliers else ():
             multipliers = self.multipliers.get(without_layer_number(key), Multipliers())
-            if changes := group_overrides(multipliers, is_gain=param.dim() == 1):
+            if changes := group_overrides(multipliers, decays=row_of(key).decays):
                 members.setdefault(tuple(sorted(changes.items())), set()).add(id(param))
         for changed, ids in members.items():
             belongs = ParamWithNamePredicate(str(changed), lambda param, _, ids=ids: id(param) in ids)

@@ -1,7 +1,7 @@
 """Peak speed of the device, for MFU.
 
 Owns: dense 16-bit matrix peaks by device name, and MFU.
-Does not own: FLOPs of a model (``model.plan``), time measurement (``train.loop``).
+Does not own: FLOPs of a model (``train.plan``), time measurement (``train.loop``).
 """
 
 from __future__ import annotations

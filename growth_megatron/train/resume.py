@@ -15,10 +15,11 @@ import torch.distributed as dist
 from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.load import LoadedConfig, load_config
+from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import ModelConfig, RunConfig
 from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
+from growth_megatron.growth.configuration import load_config
 from growth_megatron.parallel import collectives
 
 NEXT_LAYOUT_NAME = "next_layout.json"

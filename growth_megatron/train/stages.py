@@ -34,6 +34,7 @@ from growth_megatron.data.prepared import check_data
 from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
 from growth_megatron.growth.layers import connection_rate
+from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.model.cost import flops_per_token
@@ -160,6 +161,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     assert choice.path is not None
     assert stage.growth is not None
     plan = plan_growth(manifest.geometry, stage.model, stage.growth, config.run.seed)
+    policy = choose(stage.growth).state_policy
     with bytes_progress("growing") as progress:
 
         def report(done: int, total: int) -> None:
@@ -171,12 +173,12 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
             choice.path,
             context.directory.checkpoint_path(manifest.step, grown=True),
             plan,
-            stage.growth.state_policy,
+            policy,
             stage=number,
             config_hash=context.loaded.hash,
             progress=report,
         )
-    collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, stage.growth.state_policy, result))
+    collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, policy, result))
     return result
 
 

@@ -27,7 +27,8 @@ from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.config.schema import ParallelConfig
 from growth_megatron.errors import CheckpointError, NothingValidError
 from growth_megatron.growth.execute import grow_checkpoint
-from growth_megatron.growth.layers import parse_layers, stack_layers
+from growth_megatron.growth.layers import parse_layers
+from growth_megatron.growth.operators.stack import stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.cost import parameter_count

@@ -18,7 +18,7 @@ from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAM
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.reference import reference_logits
-from growth_megatron.model.tensors import Region
+from growth_megatron.model.tensors import Region, TensorSpec
 from tests.checkpoint.huggingface_models import CASES, difference, edit_json, logits_of, prompt, write_llama
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -120,6 +120,9 @@ class _Spoilt:
 
     def keys(self) -> list[str]:
         return self._checkpoint.keys()
+
+    def spec(self, key: str) -> TensorSpec:
+        return self._checkpoint.spec(key)
 
     def read(self, key: str, region: Region) -> torch.Tensor:
         values = self._checkpoint.read(key)

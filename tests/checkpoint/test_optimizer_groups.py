@@ -13,9 +13,9 @@ from growth_megatron.checkpoint.torch_dist.optimizer_groups import (
     describe_multipliers,
     fresh_common,
     regroup,
-    without_layer_number,
 )
 from growth_megatron.errors import CheckpointError
+from growth_megatron.model.architecture import without_layer_number
 from tests.checkpoint.written import geometry
 from tests.ranks import run_ranks
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.config.load import check_growth_chain, check_world_size, load_config
+from growth_megatron.config.checks import check_world_size
 from growth_megatron.errors import EXIT_USAGE, ConfigError
+from growth_megatron.growth.conditions import chain_problems
+from growth_megatron.growth.configuration import load_config
 
 
 def _error(path: str, *overrides: str) -> str:
@@ -292,12 +294,10 @@ def test_world_size_that_fits(write, valid, world_size):
     check_world_size(load_config(write(valid)).config, 1, world_size)
 
 
-def test_growth_chain_of_a_config_made_in_code(write, valid):
-    config = load_config(write(valid)).config
-    check_growth_chain(config)
-    base, grown = config.stages
+def test_the_chain_of_stages_made_in_code_is_checked(write, valid):
+    base, grown = load_config(write(valid)).config.stages
+    assert chain_problems((base, grown)) == []
     wide = grown.model_copy(update={"model": grown.model.model_copy(update={"hidden_size": 128})})
-    with pytest.raises(
-        ConfigError, match=r"hidden_size: growing from stage base to grown: stack changes num_layers alone, so keep 64"
-    ):
-        check_growth_chain(config.model_copy(update={"stages": (base, wide)}))
+    ((key, text),) = chain_problems((base, wide))
+    assert key == "stages.1.model.hidden_size"
+    assert "growing from stage base to grown: stack changes num_layers alone, so keep 64" in text

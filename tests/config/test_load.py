@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.config.document import dump, parse
-from growth_megatron.config.load import load_config
+from growth_megatron.growth.configuration import load_config
 
 
 def test_one_stage_named_main_without_stages(write, valid):

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from growth_megatron.commands.plan_tables import print_plan, render_plan
-from growth_megatron.config.load import load_config
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
 from growth_megatron.errors import ConfigError
+from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import (
     bubble_fraction,
     bubble_to_ideal,
@@ -23,7 +23,7 @@ from growth_megatron.model.cost import (
     rank_memory,
     rank_parameters,
 )
-from growth_megatron.model.plan import flops_per_token, parameter_count, plan_run, plan_to_dict
+from growth_megatron.train.plan import flops_per_token, parameter_count, plan_run, plan_to_dict
 
 PAPER = {
     "410M": ((24, 1024, 16, 16, 2816), 374),

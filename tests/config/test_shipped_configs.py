@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from growth_megatron.config.document import read
-from growth_megatron.config.load import load_config
-from growth_megatron.model.plan import parameter_count, plan_run
+from growth_megatron.growth.configuration import load_config
+from growth_megatron.train.plan import parameter_count, plan_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("experiments/*.yaml"))

@@ -15,7 +15,7 @@ from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, row_of, tensor_shapes
 from growth_megatron.model.reference import reference_logits
 from growth_megatron.model.tensors import FIRST_MOMENT_PREFIX, SECOND_MOMENT_PREFIX, TensorSource, TensorSpec, whole
 
@@ -82,7 +82,8 @@ def trained_like(model: ModelConfig, dtype: torch.dtype = torch.float64, seed: i
     tensors = {}
     for key, shape in tensor_shapes(model).items():
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        tensors[key] = (1 + 0.2 * values if len(shape) == 1 else 0.15 * values).to(dtype)
+        centre, width = (1, 0.2) if row_of(key).initial == "ones" else (0, 0.15)
+        tensors[key] = (centre + width * values).to(dtype)
     return tensors
 
 

@@ -9,6 +9,7 @@ from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.conditions import width_changes
 from tests.growth.in_memory import changed, small
 
+SCALED = {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
 Growth = tuple[ModelConfig, tuple[ModelConfig, GrowthConfig]]
 
 
@@ -23,6 +24,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
         head_dim=draw(st.sampled_from([2, 4])),
         ffn_hidden_size=draw(st.sampled_from([5, 6, 8])),
         tie_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        rope_scaling=draw(st.sampled_from([None, SCALED])),
     )
 
 
@@ -71,7 +75,7 @@ def adding(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCon
         num_layers=source.num_layers + draw(st.integers(0, 2)),
         hidden_size=hidden,
         ffn_hidden_size=draw(st.integers(source.ffn_hidden_size, 2 * source.ffn_hidden_size)),
-        head_dim=source.head_dim * draw(st.integers(1, 2)),
+        head_dim=source.head_dim * (1 if source.qk_norm else draw(st.integers(1, 2))),
         num_attention_heads=groups * a_group,
         num_query_groups=groups,
         norm_epsilon=draw(st.sampled_from([source.norm_epsilon, scaled])),

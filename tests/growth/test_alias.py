@@ -23,7 +23,8 @@ from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.execute import grow_checkpoint
-from growth_megatron.growth.layers import parse_layers, stack_layers
+from growth_megatron.growth.layers import parse_layers
+from growth_megatron.growth.operators.stack import stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
@@ -304,7 +305,7 @@ def test_a_plan_for_another_model_is_refused(source: Path, tmp_path: Path) -> No
 
 def test_a_plan_that_computes_values_is_written_not_linked(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     key = "decoder.layers.4.mlp.linear_fc2.weight"
-    fresh = TensorRule(key, (AxisRule(8), AxisRule(12)), fill="init")
+    fresh = TensorRule(key, (AxisRule(8), AxisRule(12)), fill="initial")
     rules = tuple(fresh if rule.target == key else rule for rule in plan.rules)
     computed = GrowthPlan("stack", SOURCE, TARGET, rules, LAYERS)
     result = grow_checkpoint(source, tmp_path / "computed", computed, "carry")

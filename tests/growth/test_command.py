@@ -314,8 +314,8 @@ with exclusive(Path({target!r})):
 def test_a_growth_onto_another_file_system_is_planned_as_a_copy(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("forecast", "alias"):
-        monkeypatch.setattr(f"growth_megatron.growth.{module}.same_file_system", lambda one, other: False)
+    for module in ("commands.growth_forecast", "growth.link"):
+        monkeypatch.setattr(f"growth_megatron.{module}.same_file_system", lambda one, other: False)
     _grow(source, tmp_path / "grown", "num_layers=6", dry_run=True)
     assert "two file systems, so data are copied, not linked" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import GrowthError
-from growth_megatron.growth.layers import DEPTH_LISTS, connection_rate, gradual_layers, parse_layers
+from growth_megatron.growth.layers import connection_rate, parse_layers
+from growth_megatron.growth.operators import registry
+from growth_megatron.growth.operators.gradual import gradual_layers
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.view import GrownSource
-from growth_megatron.model.architecture import layer_tensor_shapes, tensor_shapes
+from growth_megatron.model.architecture import layer_rows, tensor_shapes
 from growth_megatron.model.init import InitSource
 from growth_megatron.model.tensors import MOMENT_PREFIXES, whole
 from tests.checkpoint.written import model_tensors
@@ -31,6 +33,8 @@ from tests.growth.in_memory import (
     small,
     trained_like,
 )
+
+DEPTHS = sorted(name for name, operator in registry().items() if operator.depth)
 
 BY_HAND: list[tuple[str, int, int, Sequence[int]]] = [
     ("stack", 2, 4, (0, 1, 0, 1)),
@@ -58,6 +62,11 @@ BY_HAND: list[tuple[str, int, int, Sequence[int]]] = [
     ("identity", 2, 4, (0, 0, 1, 1)),
     ("identity", 4, 6, (0, 0, 1, 2, 2, 3)),
     ("zero", 2, 4, (0, 1, 0, 1)),
+    ("middle", 8, 12, (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)),  # two blocks of 4: the halves that meet
+    ("middle", 12, 16, (0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11)),  # three: the middle one again
+    ("middle", 4, 8, (0, 1, 2, 3, 0, 1, 2, 3)),
+    ("middle", 4, 5, (0, 1, 1, 2, 3)),
+    ("middle", 3, 3, (0, 1, 2)),
     ("random", 2, 3, (0, 1, 0)),
 ]
 
@@ -68,18 +77,22 @@ def test_layers_of_each_operator_by_hand(operator: str, before: int, after: int,
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(DEPTH_LISTS)), st.integers(1, 12), st.integers(0, 30))
+@given(st.sampled_from(DEPTHS), st.integers(1, 12), st.integers(0, 30))
 def test_every_operator_keeps_every_layer_and_begins_and_ends_with_a_stretch_of_the_source(
     operator: str, before: int, more: int
 ) -> None:
     after = before + more
     if operator == "solar" and (after % 2 or after > 2 * before):
         return
-    layers = DEPTH_LISTS[operator](before, after)
+    if operator == "middle" and after > 2 * before:
+        return
+    depth = registry()[operator].depth
+    assert depth is not None
+    layers = depth.layers(before, after)
     assert len(layers) == after
     assert set(layers) == set(range(before))
     assert layers[0] == 0
-    if operator in ("interpolate", "identity", "midas", "solar", "gradual"):
+    if operator in ("interpolate", "identity", "midas", "middle", "solar", "gradual"):
         assert layers[-1] == before - 1
     if after == before:
         assert layers == tuple(range(before))
@@ -164,7 +177,7 @@ def test_an_identity_layer_is_its_source_but_for_what_it_writes() -> None:
     grown = everything(GrownSource(Tensors(tensors), plan, "carry"))
     assert plan.is_selection
     for number, layer in enumerate((0, 1, 0, 1, 1)):
-        for name in layer_tensor_shapes(small()):
+        for name in (row.name for row in layer_rows(small())):
             value, origin = (f"decoder.layers.{n}.{name}" for n in (number, layer))
             silenced = number >= 2 and name in (PROJ, FC2)
             assert torch.equal(grown[value], torch.zeros_like(tensors[origin]) if silenced else tensors[origin])

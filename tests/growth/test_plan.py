@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.errors import GrowthError
-from growth_megatron.growth.layers import stack_layers
+from growth_megatron.growth.operators.stack import stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, TensorRule
 from growth_megatron.growth.view import GrownSource
@@ -155,7 +155,7 @@ def test_a_rule_with_indices_and_factors_per_axis_is_applied_to_any_region(
 
 
 def test_a_filled_tensor_is_zero_in_weight_and_moments() -> None:
-    rule = TensorRule("decoder.layers.0.mlp.linear_fc2.weight", (AxisRule(8), AxisRule(12)), fill="zero")
+    rule = TensorRule("decoder.layers.0.mlp.linear_fc2.weight", (AxisRule(8), AxisRule(12)), fill="zeros")
     grown = GrownSource(Tensors(model_tensors(geometry(1))), _with_rule(rule), "carry")
     for key, tensor in everything(grown).items():
         assert (tensor.count_nonzero() == 0) == key.endswith("linear_fc2.weight")
@@ -164,6 +164,6 @@ def test_a_filled_tensor_is_zero_in_weight_and_moments() -> None:
 
 
 def test_a_rule_names_a_source_or_a_fill() -> None:
-    for source, fill in ((None, None), ("x", "zero")):
+    for source, fill in ((None, None), ("x", "zeros")):
         with pytest.raises(ValueError, match="either a source tensor or a fill"):
             TensorRule("x", (AxisRule(1),), source, fill)  # type: ignore[arg-type]

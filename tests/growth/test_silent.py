@@ -14,7 +14,7 @@ from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.growth.width import rotary_channels
-from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.architecture import K_NORM, Q_NORM, QKV_BIAS, layer_key, layer_rows, tensor_shapes
 from tests.growth.in_memory import (
     FC1,
     FC2,
@@ -106,7 +106,8 @@ def _silent_channels(plan: GrowthPlan) -> dict[str, Mask]:
 
 def _silent_copied_channels(plan: GrowthPlan) -> dict[str, Mask]:
     new = _new_rotary(plan)
-    return {QKV: ([kind in "qk" and new[channel] for kind, _, _, channel in fused_rows(plan.target_geometry)], False)}
+    rows = [kind in "qk" and new[channel] for kind, _, _, channel in fused_rows(plan.target_geometry)]
+    return {QKV: (rows, False), Q_NORM.name: (new,), K_NORM.name: (new,)}
 
 
 def _new_layers(plan: GrowthPlan) -> list[int]:
@@ -116,9 +117,10 @@ def _new_layers(plan: GrowthPlan) -> list[int]:
 
 def _silent_layers(plan: GrowthPlan) -> dict[str, Mask]:
     return {
-        f"decoder.layers.{number}.{name}": (True,) * (1 if name in GAINS else 2)
+        layer_key(number, row.name): (True,) * len(row.axes)
         for number in _new_layers(plan)
-        for name in (QKV, FC1, *GAINS)
+        for row in layer_rows(plan.target_geometry)
+        if row.name not in (PROJ, FC2)
     }
 
 
@@ -137,9 +139,11 @@ CLAIMS: dict[str, Callable[[GrowthPlan], dict[str, Mask]]] = {
 def claimed_silent(plan: GrowthPlan) -> dict[str, torch.Tensor]:
     """By tensor, the elements of which the plan says that they get no gradient."""
     silent = {key: torch.zeros(shape, dtype=torch.bool) for key, shape in tensor_shapes(plan.target_geometry).items()}
-    for text in plan.silent:
+    for text in plan.zero_gradient_at_first:
         (claim,) = [masks for start, masks in CLAIMS.items() if text.startswith(start)]
         masks = claim(plan)
+        if QKV in masks:
+            masks[QKV_BIAS.name] = masks[QKV][:1]
         for key, flags in silent.items():
             for number, mask in enumerate(masks.get(key, masks.get(name_within(key), ()))):
                 flags |= torch.tensor(mask).view([-1 if n == number else 1 for n in range(flags.dim())])

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.growth.execute import grow_checkpoint
-from growth_megatron.growth.layers import stack_layers
+from growth_megatron.growth.operators.stack import stack_layers
 from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.architecture import LAYER_PREFIX
 from growth_megatron.model.tensors import MOMENT_PREFIXES, split_state_key

@@ -27,6 +27,7 @@ from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, NothingValidError
 from growth_megatron.growth import verify as module
 from growth_megatron.growth.execute import grow_checkpoint
+from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.verify import verify, verify_checkpoints
@@ -70,7 +71,7 @@ def _grown(
 ) -> Path:
     """``source`` grown as recorded, except for what ``change`` does to the tensors."""
     plan = plan_growth(MODEL, model, growth, seed=3)
-    policy = growth.state_policy
+    policy = choose(growth).state_policy
     view = GrownSource(DistCheckpoint(source), plan, policy)
     tensors = {}
     for key in view.keys():
@@ -154,12 +155,12 @@ def test_a_growth_that_changes_the_function_is_compared_by_its_tensors(tmp_path:
 )
 def test_what_a_growth_writes_passes(tmp_path: Path, growth: GrowthConfig, model: ModelConfig) -> None:
     plan = plan_growth(MODEL, model, growth, seed=5)
-    grow_checkpoint(_source(tmp_path / "source"), tmp_path / "target", plan, growth.state_policy)
+    grow_checkpoint(_source(tmp_path / "source"), tmp_path / "target", plan, choose(growth).state_policy)
     checks, error = _verified(tmp_path / "target", full=True)
     assert error is None, checks
     assert _outcomes(checks)["tensors"] == _outcomes(checks)["optimizer"] == "OK"
     assert _outcomes(checks)["logits"] == ("OK" if plan.function_preserving else "SKIPPED")
-    assert ("step 0 " in checks["optimizer"].text) is (growth.state_policy == "reset")
+    assert ("step 0 " in checks["optimizer"].text) is (choose(growth).state_policy == "reset")
     assert (" 0 multipliers" in checks["optimizer"].text) is not growth.multipliers
     if growth.multipliers:
         write_manifest(tmp_path / "target", read_manifest(tmp_path / "target").model_copy(update={"multipliers": {}}))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth, plan_of_record
 from growth_megatron.growth.rules import RANDOM, ZERO
 from growth_megatron.growth.view import GrownSource
@@ -255,12 +256,12 @@ def test_copies_are_as_equal_in_number_as_can_be_and_their_shares_sum_to_1(
 
 def test_uneven_shares_differ_between_copies_and_with_the_seed() -> None:
     source, target, growth = small(), small(hidden_size=24), GrowthConfig(shares="uneven")
-    shares = WidthMaps(source, target, growth, 1).residual.share
+    shares = WidthMaps(source, target, choose(growth), 1).residual.share
     assert all(0.05 < share < 0.95 for share in shares)
     assert all(abs(a - b) > 1e-4 for a, b in zip(shares[::2], shares[1::2], strict=True))
-    assert shares == WidthMaps(source, target, growth, 1).residual.share
-    assert shares != WidthMaps(source, target, growth, 2).residual.share
-    assert shares[: len(shares) // 2] != WidthMaps(source, target, growth, 1).ffn.share[: len(shares) // 2]
+    assert shares == WidthMaps(source, target, choose(growth), 1).residual.share
+    assert shares != WidthMaps(source, target, choose(growth), 2).residual.share
+    assert shares[: len(shares) // 2] != WidthMaps(source, target, choose(growth), 1).ffn.share[: len(shares) // 2]
 
 
 # The function stays.
@@ -384,7 +385,7 @@ def test_a_recorded_growth_is_planned_again(step: Growth) -> None:
         operator=plan.operator,
         options=dict(plan.options),
         layers=plan.layers,
-        optimizer_state=growth.state_policy,
+        optimizer_state=choose(growth).state_policy,
         step=1,
         source="base",
         source_manifest_sha256="",
@@ -398,6 +399,6 @@ def test_a_recorded_growth_is_planned_again(step: Growth) -> None:
 
 def test_the_heads_of_a_shared_out_group_give_each_copy_its_part_of_the_gradient() -> None:
     """Three heads to a group become one to each of three copies: with equal heads each copy gets a third of it."""
-    maps = WidthMaps(small(), small(num_query_groups=6), GrowthConfig(), 0)
+    maps = WidthMaps(small(), small(num_query_groups=6), choose(GrowthConfig()), 0)
     assert maps.heads.group_gain == pytest.approx((1 / 3,) * 6)
     assert not maps.heads.exact

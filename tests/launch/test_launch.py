@@ -70,12 +70,12 @@ Launched = subprocess.Popen[str]
 @pytest.fixture
 def trainer(tmp_path: Path) -> Path:
     package = tmp_path / "path" / "growth_megatron"
-    (package / "config").mkdir(parents=True)
+    (package / "growth").mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "config" / "__init__.py").touch()
+    (package / "growth" / "__init__.py").touch()
     shutil.copy(REPOSITORY / "growth_megatron" / "errors.py", package)
     (package / "__main__.py").write_text(MAIN)
-    (package / "config" / "load.py").write_text(LOAD)
+    (package / "growth" / "configuration.py").write_text(LOAD)
     (tmp_path / "run").mkdir()
     return tmp_path
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.model.architecture import LAYER_PREFIX, layer_tensor_shapes, tensor_shapes
+from growth_megatron.model.architecture import LAYER_PREFIX, layer_rows, tensor_shapes
 from growth_megatron.model.reference import reference_logits
+from growth_megatron.model.tensors import TensorSpec
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 60  # [b, s]
 CASES: dict[str, dict[str, Any]] = {
@@ -51,6 +52,9 @@ class _Tensors(dict[str, torch.Tensor]):
 
     def keys(self) -> list[str]:  # type: ignore[override]
         return list(super().keys())
+
+    def spec(self, key: str) -> TensorSpec:
+        return TensorSpec(tuple(self[key].shape), self[key].dtype)
 
     def read(self, key: str, region: tuple[slice, ...]) -> torch.Tensor:
         self.asked.append(key)
@@ -174,7 +178,7 @@ def test_masters_are_read_where_there_are_any() -> None:
 
 def test_one_layer_is_in_memory_at_a_time() -> None:
     model = _model(num_layers=6, vocab_size=8, vocab_multiple=8)
-    shapes = layer_tensor_shapes(model).values()
+    shapes = (row.shape(model) for row in layer_rows(model))
     tensors = _Tensors(model)
     reference_logits(tensors, model, TOKENS % 8)
     assert 0 < tensors.most_held <= sum(math.prod(shape) for shape in shapes)

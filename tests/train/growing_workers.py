@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from growth_megatron.config.load import load_config
 from growth_megatron.growth import execute
+from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.stages import train
 from tests.checkpoint.dying_files import DyingFiles, Killed
 

@@ -18,6 +18,12 @@ DP2_OVERLAP = {"overlap_param_gather": True}
 TIED = {"tie_embeddings": True, "num_query_groups": 8}  # and MHA
 MQA_WIDE_HEADS = {"num_query_groups": 2, "head_dim": 16}
 
+FAMILY: dict[str, Any] = {  # LLaMA 3, Qwen2 and Qwen3 in one
+    "rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16},
+    "attention_bias": True,
+    "qk_norm": True,
+}
+
 ALONE: list[dict[str, Any]] = [
     {"layout": {}},
     {"layout": {}, "model": TIED},
@@ -25,6 +31,7 @@ ALONE: list[dict[str, Any]] = [
     {"layout": {}, "precision": "bf16"},
     {"layout": {}, "recompute": "selective"},
     {"layout": {}, "recompute": "full"},
+    {"layout": {}, "model": FAMILY},
 ]
 ON_TWO: list[tuple[dict[str, Any], int, float]] = [  # case, index of its reference, tolerance of the loss in nats
     ({"layout": TP2}, 0, 1e-6),
@@ -40,6 +47,9 @@ ON_TWO: list[tuple[dict[str, Any], int, float]] = [  # case, index of its refere
     ({"layout": TP2_SP, "precision": "bf16"}, 3, 5e-3),
     ({"layout": TP2_SP, "recompute": "selective"}, 0, 1e-6),
     ({"layout": PP2, "recompute": "full"}, 0, 1e-6),
+    ({"layout": TP2, "model": FAMILY}, 6, 1e-6),
+    ({"layout": TP2_SP, "model": FAMILY}, 6, 1e-6),
+    ({"layout": PP2_VPP2, "model": FAMILY}, 6, 1e-6),
 ]
 ON_FOUR: list[tuple[dict[str, Any], int, float]] = [
     ({"layout": {**TP2, **PP2}}, 0, 1e-6),
@@ -79,7 +89,7 @@ def test_recomputation_does_not_change_the_losses(alone: list[dict[str, Any]]) -
 
 def test_the_model_learns_and_variants_differ(alone: list[dict[str, Any]]) -> None:
     """The comparison above could not fail if every case gave the same numbers."""
-    assert len({tuple(result["losses"]) for result in alone[:4]}) == 4
+    assert len({tuple(result["losses"]) for result in (*alone[:4], alone[6])}) == 5
     assert alone[0]["losses"][0] != alone[0]["losses"][-1]
 
 

@@ -17,8 +17,8 @@ import yaml
 
 from growth_megatron.checkpoint.folder.manifest import read_manifest
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
-from growth_megatron.config.load import load_config
 from growth_megatron.errors import ConfigError
+from growth_megatron.growth.configuration import load_config
 from growth_megatron.growth.verify import verify_checkpoints
 from tests.command_line import run_commands
 from tests.conftest import write_growing_config

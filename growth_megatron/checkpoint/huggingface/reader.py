@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, geometry_of_config, read_config
-from growth_megatron.checkpoint.huggingface.layout import EMBEDDING, OUTPUT, huggingface_shapes, pieces
+from growth_megatron.checkpoint.huggingface.layout import EMBEDDING, OUTPUT, huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import tensor_shapes
@@ -72,14 +72,14 @@ class HuggingFaceCheckpoint:
         check_region(key, spec.shape, region)
         rows, rest = region[0], region[1:]
         out = torch.empty([part.stop - part.start for part in region], dtype=spec.dtype)
-        position = 0  # the row of the fused tensor at which the piece begins
-        for piece in pieces(self.geometry, key):
-            first, last = max(rows.start, position), min(rows.stop, position + piece.rows)
+        position = 0  # the row of the fused tensor at which the part begins
+        for part in row_ranges(self.geometry, key):
+            first, last = max(rows.start, position), min(rows.stop, position + part.rows)
             if first < last:
-                within = slice(first - position + piece.start, last - position + piece.start)
+                within = slice(first - position + part.start, last - position + part.start)
                 here = out[first - rows.start : last - rows.start]
-                self._files[piece.name].read_rows(piece.name, within, rest, here)
-            position += piece.rows
+                self._files[part.name].read_rows(part.name, within, rest, here)
+            position += part.rows
         return out
 
     @property
@@ -95,7 +95,7 @@ class HuggingFaceCheckpoint:
         return self._files[name].tensors[name]
 
     def _dtype(self, key: str) -> torch.dtype:
-        parts = {self._stored(piece.name).type_name: piece.name for piece in pieces(self.geometry, key)}
+        parts = {self._stored(part.name).type_name: part.name for part in row_ranges(self.geometry, key)}
         if len(parts) > 1:
             raise CheckpointError(
                 f"{self.path}: {' and '.join(parts.values())} are one tensor of megatron-core but have the types "

@@ -24,7 +24,7 @@ import torch
 from growth_megatron.checkpoint.folder.commit import begin_folder, temporary_path
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, config_of_geometry
-from growth_megatron.checkpoint.huggingface.layout import huggingface_shapes, pieces
+from growth_megatron.checkpoint.huggingface.layout import huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.safetensors_file import FileLayout, lay_out, tensor_bytes
 from growth_megatron.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
@@ -185,7 +185,7 @@ def plan_files(weights: TensorSource, geometry: ModelConfig, shard_bytes: int) -
     """The tensors in the model's order, divided into files of at most ``shard_bytes`` (or of one tensor)."""
     if shard_bytes < 1:
         raise CheckpointError(f"files of {shard_bytes} bytes hold nothing; give at least 1")
-    dtypes = {piece.name: weights.spec(key).dtype for key in weights.keys() for piece in pieces(geometry, key)}
+    dtypes = {part.name: weights.spec(key).dtype for key in weights.keys() for part in row_ranges(geometry, key)}
     groups: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, shape in huggingface_shapes(geometry).items():
@@ -239,8 +239,8 @@ def _write(
     done = 0
     for key in weights.keys():
         spec = weights.spec(key)
-        parts = pieces(geometry, key)
-        rows = sum(piece.rows for piece in parts)  # without those that pad the vocabulary
+        parts = row_ranges(geometry, key)
+        rows = sum(part.rows for part in parts)  # without those that pad the vocabulary
         row_bytes = math.prod(spec.shape[1:]) * spec.dtype.itemsize
         count = max(1, _BLOCK_BYTES // row_bytes)
         for start in range(0, rows, count):
@@ -248,13 +248,13 @@ def _write(
             block = weights.read(key, (slice(start, stop), *(slice(0, size) for size in spec.shape[1:])))
             content = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
             position = 0
-            for piece in parts:
-                first, last = max(start, position), min(stop, position + piece.rows)
+            for part in parts:
+                first, last = max(start, position), min(stop, position + part.rows)
                 if first < last:
-                    path, offset = places[piece.name]
-                    part = content[(first - start) * row_bytes : (last - start) * row_bytes]
-                    _write_at(path, offset + (first - position + piece.start) * row_bytes, part)
-                position += piece.rows
+                    path, offset = places[part.name]
+                    values = content[(first - start) * row_bytes : (last - start) * row_bytes]
+                    _write_at(path, offset + (first - position + part.start) * row_bytes, values)
+                position += part.rows
             done += (stop - start) * row_bytes
             if progress is not None:
                 progress(done, total)

@@ -11,21 +11,19 @@ these: two groups that differ in it alone are one to the load, so the engine kee
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import Multipliers
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import CheckpointError
-from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
+from growth_megatron.model.architecture import layer_key, model_rows, without_layer_number
 
 LEARNING_RATE, WEIGHT_DECAY, EPSILON = "lr_mult", "wd_mult", "eps_mult"
 """The first two are megatron-core's names; the third is ours and rides along in the group."""
 
 _SETTINGS = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "eps": EPSILON}
 _NONE = Multipliers()
-_LAYER = re.compile(rf"(?<=^{re.escape(LAYER_PREFIX)})\d+(?=\.)")
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 _FRESH_GROUP: Mapping[str, Any] = {
     "is_expert_parallel": False,
@@ -53,16 +51,11 @@ _FRESH_GROUP: Mapping[str, Any] = {
 }
 
 
-def without_layer_number(key: str) -> str:
-    """The name of a model tensor as ``Manifest.multipliers`` has it: ``decoder.layers.*.mlp.linear_fc2.weight``."""
-    return _LAYER.sub("*", key)
-
-
-def group_overrides(multipliers: Multipliers, is_gain: bool) -> dict[str, float]:
-    """How the group of a parameter differs from megatron-core's default one; gains (1-D) have no weight decay."""
+def group_overrides(multipliers: Multipliers, decays: bool) -> dict[str, float]:
+    """How the group of a parameter differs from megatron-core's default one; without decay that is times 0."""
     wanted = {
         LEARNING_RATE: multipliers.learning_rate,
-        WEIGHT_DECAY: 0.0 if is_gain else multipliers.weight_decay,
+        WEIGHT_DECAY: multipliers.weight_decay if decays else 0.0,
         EPSILON: multipliers.epsilon,
     }
     return {name: value for name, value in wanted.items() if value != 1.0}
@@ -105,7 +98,7 @@ def regroup(common: Mapping[str, Any], multipliers: Mapping[str, Multipliers], g
 
 def check_multipliers(multipliers: Mapping[str, Multipliers], geometry: ModelConfig) -> None:
     """Raises CheckpointError if a multiplier is of no tensor of ``geometry``: it would do nothing, unnoticed."""
-    known = {without_layer_number(key) for key in tensor_shapes(geometry)}
+    known = {without_layer_number(key) for key in model_rows(geometry)}
     if unknown := sorted(multipliers.keys() - known):
         raise CheckpointError(
             f"there are multipliers for {', '.join(unknown)}, which the model does not have; "
@@ -117,7 +110,7 @@ def describe_multipliers(multipliers: Mapping[str, Multipliers]) -> str:
     """One line: what is multiplied by how much, the tensors with the same factors together."""
     names: dict[tuple[float, float, float], list[str]] = {}
     for key, factors in multipliers.items():
-        name = key.removeprefix(f"{LAYER_PREFIX}*.").removesuffix(".weight")
+        name = key.removeprefix(layer_key("*", "")).removesuffix(".weight")
         names.setdefault((factors.learning_rate, factors.weight_decay, factors.epsilon), []).append(name)
     parts = [f"{lr:g}, {wd:g}, {eps:g}: {', '.join(keys)}" for (lr, wd, eps), keys in names.items()]
     return f"learning rate, weight decay and epsilon are multiplied by {'; '.join(parts)}"
@@ -126,8 +119,8 @@ def describe_multipliers(multipliers: Mapping[str, Multipliers]) -> str:
 def _distinct(multipliers: Mapping[str, Multipliers], geometry: ModelConfig) -> list[dict[str, float]]:
     """Overrides of each group, once, in megatron-core's order: the default group first."""
     found: set[tuple[tuple[str, float], ...]] = set()
-    for key, shape in tensor_shapes(geometry).items():
-        overrides = group_overrides(multipliers.get(without_layer_number(key), _NONE), is_gain=len(shape) == 1)
+    for key, row in model_rows(geometry).items():
+        overrides = group_overrides(multipliers.get(without_layer_number(key), _NONE), row.decays)
         found.add(tuple(sorted(overrides.items())))
     return [dict(overrides) for overrides in sorted(found)]
 

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growth_megatron.errors import ConfigError
+from growth_megatron.errors import GrowthError
 from growth_megatron.growth.layers import (
     MAX_LAYERS,
     connection_rate,
     parse_layers,
     resolve_layers,
-    stack_layers,
 )
+from growth_megatron.growth.operators.stack import stack_layers
 
 PAPER = {
     "123456*4": "123456" * 4,
@@ -63,7 +63,7 @@ def test_a_list_with_commas_counts_from_0_and_reaches_beyond_9() -> None:
     ],
 )
 def test_a_wrong_notation_is_refused_with_its_column(notation: str, column: int, says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(GrowthError) as caught:
         parse_layers(notation, 6)
     message = str(caught.value)
     assert repr(notation) in message
@@ -89,7 +89,7 @@ def test_notation_round_trips(parts: list[tuple[list[int], int]]) -> None:
 def test_any_text_gives_layers_of_the_source_or_a_config_error(notation: str, source_layers: int) -> None:
     try:
         layers = parse_layers(notation, source_layers)
-    except ConfigError:
+    except GrowthError:
         return
     assert layers
     assert all(0 <= layer < source_layers for layer in layers)
@@ -105,7 +105,7 @@ def test_stacking_repeats_the_source_in_order(source_layers: int, more: int) -> 
 
 
 def test_stacking_to_fewer_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot stack 6 layers to 5"):
+    with pytest.raises(GrowthError, match="cannot stack 6 layers to 5"):
         stack_layers(6, 5)
 
 
@@ -123,10 +123,10 @@ def test_connection_rate_is_a_share(layers: list[int]) -> None:
 
 
 def test_configured_layers_are_resolved_and_checked_against_the_target() -> None:
-    assert resolve_layers(None, 2, 5) == (0, 1, 0, 1, 0)
-    assert resolve_layers("12*2", 2, 4) == (0, 1, 0, 1)
-    assert resolve_layers([0, 0, 1], 2, 3) == (0, 0, 1)
-    with pytest.raises(ConfigError, match="gives 4 layers but the target model has 6.*num_layers to 4"):
-        resolve_layers("12*2", 2, 6)
-    with pytest.raises(ConfigError, match="entry 1 is 2; allowed: 0 to 1"):
-        resolve_layers((0, 2), 2, 2)
+    assert resolve_layers(None, 2, 5, stack_layers) == (0, 1, 0, 1, 0)
+    assert resolve_layers("12*2", 2, 4, stack_layers) == (0, 1, 0, 1)
+    assert resolve_layers([0, 0, 1], 2, 3, stack_layers) == (0, 0, 1)
+    with pytest.raises(GrowthError, match="gives 4 layers but the target model has 6.*num_layers to 4"):
+        resolve_layers("12*2", 2, 6, stack_layers)
+    with pytest.raises(GrowthError, match="entry 1 is 2; allowed: 0 to 1"):
+        resolve_layers((0, 2), 2, 2, stack_layers)

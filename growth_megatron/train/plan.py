@@ -15,6 +15,7 @@ from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
+from growth_megatron.growth.operators import choose
 from growth_megatron.model.cost import (
     ParameterCount,
     RankMemory,
@@ -187,7 +188,10 @@ def _growth(config: RunConfig, index: int) -> str | None:
     pairs = [(key, getattr(source.model, key), getattr(stage.model, key)) for key in _GROWING]
     changes = [f"{key} {_shown(before)} -> {_shown(after)}" for key, before, after in pairs if before != after]
     options = growth.model_dump(exclude=_SHOWN_OTHERWISE, exclude_defaults=True)
-    notes = [f"optimizer state {growth.state_policy}", *(f"{key} {_shown(value)}" for key, value in options.items())]
+    notes = [
+        f"optimizer state {choose(growth).state_policy}",
+        *(f"{key} {_shown(value)}" for key, value in options.items()),
+    ]
     what = ", ".join(changes) or "the same geometry"
     return f"{growth.operator}{listed} from {source.name}: {what}; {', '.join(notes)}"
 
