@@ -29,6 +29,24 @@ SECTIONS = frozenset(
     | {"checkpoint", "evaluation", "logging", "stages", "growth"}
 )
 
+MEGATRON_NAMES = {
+    "model": {
+        "make_vocab_size_divisible_by": "vocab_multiple",
+        "layernorm_epsilon": "norm_epsilon",
+        "rotary_base": "rope_base",
+        "kv_channels": "head_dim",
+        "init_method_std": "init_std",
+        "seq_length": "sequence_length",
+    },
+    "parallel": {
+        "tensor_model_parallel_size": "tensor_parallel_size",
+        "pipeline_model_parallel_size": "pipeline_parallel_size",
+        "virtual_pipeline_model_parallel_size": "virtual_pipeline_parallel_size",
+    },
+    "optimizer": {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_eps": "epsilon"},
+}
+"""Names that Megatron-LM has for our keys, by section: either is taken, and ours is written."""
+
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,99}")
 _HEXADECIMAL = re.compile(r"0x[0-9a-fA-F_]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
@@ -143,7 +161,7 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.fault(key_node, f"{path or 'top level'}: a key must be a plain word; remove the brackets")
                 continue
-            key = str(key_node.value)
+            key = our_name(path.rpartition(".")[2], str(key_node.value))
             here = f"{path}.{key}" if path else key
             if key == "<<" and key_node.style is None:
                 shared += self.shared(value_node, path)
@@ -183,6 +201,11 @@ class _Builder:
             mark = key.end_mark
         rest = self.lines[mark.line][mark.column :].lstrip(" :") if mark.line < len(self.lines) else ""
         return tuple(above), rest if rest.startswith("#") else ""
+
+
+def our_name(section: str, key: str) -> str:
+    """``key`` of a section, or our key where Megatron-LM calls it that."""
+    return MEGATRON_NAMES.get(section, {}).get(key, key)
 
 
 def _item_label(node: yaml.Node, index: int) -> str:

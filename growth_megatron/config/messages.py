@@ -27,18 +27,18 @@ TOP_LEVEL = (
 # Names of other tools that no spelling distance would find.
 _SYNONYMS = {
     "lr": "learning_rate", "max_lr": "learning_rate", "min_lr": "min_learning_rate", "eps": "epsilon",
-    "adam_beta1": "beta1", "adam_beta2": "beta2", "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
+    "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
     "dim": "hidden_size", "d_model": "hidden_size", "n_embd": "hidden_size", "n_layers": "num_layers",
     "n_layer": "num_layers", "num_hidden_layers": "num_layers", "n_heads": "num_attention_heads",
     "n_head": "num_attention_heads", "num_key_value_heads": "num_query_groups", "n_kv_heads": "num_query_groups",
-    "kv_channels": "head_dim", "intermediate_size": "ffn_hidden_size", "rms_norm_eps": "norm_epsilon",
-    "layernorm_epsilon": "norm_epsilon", "rope_theta": "rope_base", "rotary_base": "rope_base",
-    "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std", "init_method_std": "init_std",
-    "seq_length": "sequence_length", "seq_len": "sequence_length", "max_position_embeddings": "sequence_length",
+    "intermediate_size": "ffn_hidden_size", "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rope_base",
+    "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std",
+    "seq_len": "sequence_length", "max_position_embeddings": "sequence_length",
     "max_steps": "steps", "train_iters": "steps", "batch_size": "global_batch_size", "dtype": "precision",
-    "tensor_model_parallel_size": "tensor_parallel_size", "tp": "tensor_parallel_size",
-    "pipeline_model_parallel_size": "pipeline_parallel_size", "pp": "pipeline_parallel_size",
-    "virtual_pipeline_model_parallel_size": "virtual_pipeline_parallel_size", "dp": "data_parallel_size",
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
     "save_interval": "interval_steps", "log_interval": "interval_steps", "eval_interval": "interval_steps",
 }  # fmt: skip
 

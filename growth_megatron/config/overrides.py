@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from growth_megatron.config.document import Node, merge, parse
+from growth_megatron.config.document import Node, merge, our_name, parse
 from growth_megatron.errors import ConfigError
 
 PLACE = "command line"
@@ -31,12 +31,13 @@ def parse_override(text: str) -> Override:
     path = path.strip()
     if not equals:
         raise ConfigError(f"{PLACE}: {text!r} is not an override; write section.key=value, as in training.steps=100")
-    keys = tuple(path.split("."))
+    parts = path.split(".")
+    keys = tuple(our_name(section, key) for section, key in zip(["", *parts], parts, strict=False))
     if not all(keys):
         raise ConfigError(f"{PLACE}: {text!r} has an empty part before or after a dot; write section.key=value")
     if keys[0] == "base":
         raise ConfigError(f"{PLACE}: {path}: files are included by a file only; write base: in it")
-    return Override(text, keys, parse(value, PLACE, numbered=False, path=path))
+    return Override(text, keys, parse(value, PLACE, numbered=False, path=".".join(keys)))
 
 
 def apply_overrides(root: Node, texts: Sequence[str]) -> tuple[Node, list[Override]]:

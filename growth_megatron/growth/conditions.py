@@ -114,7 +114,9 @@ def _kept_problems(source: ModelConfig, target: ModelConfig, choice: Choice) -> 
     if target.norm_epsilon == source.norm_epsilon:
         return
     allowed: list[Any] = [source.norm_epsilon]
-    if choice.width and choice.width.closes_with_zeros and target.hidden_size > source.hidden_size:
+    # The norms of q and k have the same epsilon, and their width does not change.
+    adds_width = choice.width and choice.width.closes_with_zeros and target.hidden_size > source.hidden_size
+    if adds_width and not source.qk_norm:
         scaled = zero_width_norm_epsilon(source, target.hidden_size)
         if math.isclose(target.norm_epsilon, scaled, rel_tol=1e-6):
             return

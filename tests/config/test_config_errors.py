@@ -94,7 +94,7 @@ WRONG = {
     "same name twice": ("- name: grown", "- name: base", "24: stages.base.name", "give each stage its own"),
     "grown to fewer layers": ("num_layers: 16", "num_layers: 2", "26: stages.grown.model.num_layers", "those to keep"),
     "stacking to another width": (
-        "num_layers: 16", "num_layers: 16\n      ffn_hidden_size: 320",
+        "num_layers: 16", "num_layers: 16\n      ffn_hidden_size: 320\n    growth: {operator: stack}",
         "27: stages.grown.model.ffn_hidden_size", "keep 160",
     ),
     "layer list of another length": (
@@ -295,7 +295,7 @@ def test_world_size_that_fits(write, valid, world_size):
 
 
 def test_the_chain_of_stages_made_in_code_is_checked(write, valid):
-    base, grown = load_config(write(valid)).config.stages
+    base, grown = load_config(write(valid), ["stages.grown.growth.operator=stack"]).config.stages
     assert chain_problems((base, grown)) == []
     wide = grown.model_copy(update={"model": grown.model.model_copy(update={"hidden_size": 128})})
     ((key, text),) = chain_problems((base, wide))

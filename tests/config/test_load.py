@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growth_megatron.config.document import dump, parse
+from growth_megatron.errors import ConfigError
 from growth_megatron.growth.configuration import load_config
 
 
@@ -28,7 +29,7 @@ def test_stage_takes_the_top_level_and_overrides_it(write, valid):
     assert grown.schedule == base.schedule
     assert base.growth is None
     assert grown.growth is not None
-    assert grown.growth.operator == "stack"
+    assert grown.growth.operator == "direct"
 
 
 @pytest.mark.parametrize(("key", "other"), [("tokens", "steps"), ("steps", "tokens")])
@@ -183,3 +184,20 @@ def test_configuration_and_plan_import_no_torch():
     modules = "growth_megatron.commands.plan_tables, growth_megatron.config.load"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_names_of_megatron_are_taken_for_ours(write, valid):
+    names = "\n  make_vocab_size_divisible_by: 64\n  layernorm_epsilon: 1e-6\n  rotary_base: 5e5"
+    text = valid.replace("vocab_size: 500", "vocab_size: 500" + names)
+    text = text.replace("schedule:", "parallel:\n  tensor_model_parallel_size: 2\nschedule:")
+    loaded = load_config(write(text), ["model.layernorm_epsilon=1e-4", "stages.base.optimizer.adam_beta2=0.99"])
+    base, grown = loaded.config.stages
+    assert (base.model.vocab_multiple, base.model.norm_epsilon, base.model.rope_base) == (64, 1e-4, 5e5)
+    assert (base.parallel.tensor_parallel_size, base.optimizer.beta2, grown.optimizer.beta2) == (2, 0.99, 0.95)
+    assert "layernorm_epsilon" not in loaded.text
+
+
+def test_a_key_under_both_names_is_given_twice(write, valid):
+    text = valid.replace("vocab_size: 500", "vocab_size: 500\n  rotary_base: 5e5\n  rope_base: 1e4")
+    with pytest.raises(ConfigError, match=r"model\.rope_base: is given twice"):
+        load_config(write(text))

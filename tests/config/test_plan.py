@@ -155,7 +155,7 @@ def test_totals_of_a_growing_run(write, valid):
     assert plan.flops == sum(flops_per_token(s.model) * 20 * 1024 for s in config.stages) == base.flops + grown.flops
     assert base.share + grown.share == pytest.approx(1)
     assert grown.flops_6nd == 6 * parameter_count(config.stages[1].model).total * 20 * 1024
-    assert grown.grown_by == "stack from base: num_layers 4 -> 16; optimizer state reset"
+    assert grown.grown_by == "direct from base: num_layers 4 -> 16; optimizer state reset"
     assert (base.world_size, base.micro_batches) == (1, 4)
 
 
@@ -242,5 +242,5 @@ def test_plan_is_plain_text_off_a_terminal(write, valid):
     assert off.getvalue().isascii()
     assert max(map(len, off.getvalue().splitlines())) <= 132
     assert "\x1b[" in on.getvalue()
-    for words in ("whole run", "MFLOP", "bubble/useful", "optimizer", "stack from base"):
+    for words in ("whole run", "MFLOP", "bubble/useful", "optimizer", "direct from base"):
         assert words in off.getvalue()

@@ -78,7 +78,7 @@ def adding(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCon
         head_dim=source.head_dim * (1 if source.qk_norm else draw(st.integers(1, 2))),
         num_attention_heads=groups * a_group,
         num_query_groups=groups,
-        norm_epsilon=draw(st.sampled_from([source.norm_epsilon, scaled])),
+        norm_epsilon=source.norm_epsilon if source.qk_norm else draw(st.sampled_from([source.norm_epsilon, scaled])),
     )
     return target, GrowthConfig(operator=draw(st.sampled_from(["zero", "identity+zero"])))
 
