@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from rich.console import Console as RichConsole
@@ -66,12 +65,11 @@ class Bench:
     def context(self, stages: Sequence[StageConfig], name: str, metrics: Metrics) -> RunContext:
         """A run of ``stages`` in a folder of its own. Call on all ranks."""
         config = self.config.model_copy(update={"stages": tuple(stages)})
-        text = yaml.safe_dump(config.model_dump(mode="json"))
         directory = RunDirectory(self.folder / name)
         log = collectives.on_all_ranks(lambda: open_rank_log(directory.path, dist.get_rank()))
         sequence, seed = self.stage.model.sequence_length, config.run.seed
         data = collectives.on_all_ranks(lambda: build_train_dataset(config.data, sequence, seed, self.folder / "cache"))
-        loaded = LoadedConfig(config, text, config_hash(config))
+        loaded = LoadedConfig(config, config_hash(config))
         return RunContext(
             loaded, directory, metrics, StopRequest(), Watchdog(log), data, None, {}, dist.get_world_size()
         )

@@ -1,6 +1,6 @@
 """YAML as a tree of nodes that remember where they were written.
 
-Owns: reading a file to nodes, number syntax, merging two trees, writing a tree back with its comments.
+Owns: reading a file to nodes, number syntax, merging two trees, writing plain data as YAML.
 Does not own: what keys mean (``config.schema``), includes and overrides (``config.load``, ``config.overrides``).
 
 Numbers follow YAML 1.2 with Python's underscores: ``1e-4`` is a float and ``10_000`` an integer; ``yes``, ``on`` and
@@ -9,10 +9,7 @@ Numbers follow YAML 1.2 with Python's underscores: ``1e-4`` is a float and ``10_
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,20 +48,16 @@ _INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,99}")
 _HEXADECIMAL = re.compile(r"0x[0-9a-fA-F_]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
-_PLAIN_WORD = re.compile(r"[A-Za-z_./][\w./-]*")
-_COMMENT = re.compile(r"\s*(#.*)?$")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A value, the place it was written (``file:line``), its dotted path as written, and its comments."""
+    """A value, the place it was written (``file:line``), and its dotted path as written."""
 
     value: Any  # dict[str, Node], list[Node], or a scalar
     place: str
     path: str = ""
     raw: str | None = None  # a plain scalar as written
-    above: tuple[str, ...] = ()  # comment lines before the key
-    beside: str = ""  # comment on the key's line
 
     def child(self, key: str | int) -> Node | None:
         """The node under ``key`` of a mapping or list, else None."""
@@ -114,9 +107,8 @@ def _scalar(text: str) -> Any:
 class _Builder:
     """Turns PyYAML's nodes into ours, collecting faults instead of stopping at the first."""
 
-    def __init__(self, name: str, text: str, numbered: bool):
+    def __init__(self, name: str, numbered: bool):
         self.name = name
-        self.lines = text.splitlines()
         self.numbered = numbered
         self.faults: list[str] = []
         self.open: set[int] = set()
@@ -170,9 +162,7 @@ class _Builder:
                 first = content[key].place
                 self.fault(key_node, f"{here}: is given twice, first at {first}; keep one of them")
                 continue
-            built = self.build(value_node, here)
-            above, beside = self.comments(key_node, value_node)
-            content[key] = replace(built, place=self.place(key_node), above=above, beside=beside)
+            content[key] = replace(self.build(value_node, here), place=self.place(key_node))
         result = Node(content, self.place(node), path)
         for lower in shared:
             result = merge(lower, result)
@@ -186,21 +176,6 @@ class _Builder:
             self.fault(node, f"{path}.<<: must refer to a mapping (an anchor like *name)")
             return []
         return built
-
-    def comments(self, key: yaml.Node, value: yaml.Node) -> tuple[tuple[str, ...], str]:
-        line = key.start_mark.line
-        above: list[str] = []
-        while line > 0 and _COMMENT.fullmatch(self.lines[line - 1]):
-            line -= 1
-            above.insert(0, self.lines[line].strip())
-        while above and not above[0]:
-            above.pop(0)
-        if isinstance(value, yaml.ScalarNode) or getattr(value, "flow_style", False):
-            mark = value.end_mark
-        else:
-            mark = key.end_mark
-        rest = self.lines[mark.line][mark.column :].lstrip(" :") if mark.line < len(self.lines) else ""
-        return tuple(above), rest if rest.startswith("#") else ""
 
 
 def our_name(section: str, key: str) -> str:
@@ -243,15 +218,15 @@ def parse(text: str, name: str, *, numbered: bool = True, path: str = "") -> Nod
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}; save it as plain text") from None
     if root is None:
         return Node(None, f"{name}:1" if numbered else name, path)
-    builder = _Builder(name, text, numbered)
+    builder = _Builder(name, numbered)
     node = builder.build(root, path)
     if builder.faults:
         raise ConfigError("\n".join(builder.faults))
     return node
 
 
-def read(path: Path) -> tuple[Node, str]:
-    """Tree and text of the YAML mapping in ``path``; ConfigError if it is not readable or not a mapping."""
+def read(path: Path) -> Node:
+    """The YAML mapping in ``path``; ConfigError if it is not readable or not a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -263,7 +238,7 @@ def read(path: Path) -> tuple[Node, str]:
         raise ConfigError(f"{path}:1: the file is empty; it needs sections such as run, model, data and training")
     if not isinstance(node.value, dict):
         raise ConfigError(f"{node.place}: the file must be a mapping of sections (`model:`, `training:`, ...)")
-    return node, text
+    return node
 
 
 def merge(lower: Node, upper: Node, name: str = "") -> Node:
@@ -271,7 +246,7 @@ def merge(lower: Node, upper: Node, name: str = "") -> Node:
     if upper.value is None and isinstance(lower.value, dict) and name in SECTIONS:
         return lower
     if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
-        return replace(upper, above=upper.above or lower.above)
+        return upper
     content = dict(lower.value)
     for group in EXCLUSIVE_KEYS.get(name, ()):
         given = {key for key in group if key in upper.value and upper.value[key].value is not None}
@@ -280,52 +255,20 @@ def merge(lower: Node, upper: Node, name: str = "") -> Node:
                 content.pop(key, None)
     for key, node in upper.value.items():
         content[key] = merge(content[key], node, key) if key in content else node
-    return replace(upper, value=content, above=upper.above or lower.above, beside=upper.beside or lower.beside)
+    return replace(upper, value=content)
 
 
-def dump(root: Node) -> str:
-    """YAML text of a tree, with the comments its nodes carry; ``parse`` gives the same data back."""
-    sections = ["\n".join(_dump_mapping({key: node}, "")) for key, node in root.value.items()]
-    return "\n\n".join(sections) + "\n"
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which ``parse`` would take for a number, as YAML 1.1 does not."""
 
 
-def _dump_mapping(content: dict[str, Node], indent: str) -> Iterator[str]:
-    for key, node in content.items():
-        yield from (f"{indent}{line}" if line else "" for line in node.above)
-        head = f"{indent}{key if _PLAIN_WORD.fullmatch(key) else json.dumps(key)}:"
-        beside = f"  {node.beside}" if node.beside else ""
-        if isinstance(node.value, dict) and node.value:
-            yield head + beside
-            yield from _dump_mapping(node.value, indent + "  ")
-        elif isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value):
-            yield head + beside
-            for item in node.value:
-                yield from _dump_item(item, indent + "  ")
-        else:
-            yield f"{head} {_inline(node, block=True)}{beside}"
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if _scalar(text) == text else '"')
 
 
-def _dump_item(item: Node, indent: str) -> Iterator[str]:
-    if not isinstance(item.value, dict) or not item.value:
-        yield f"{indent}- {_inline(item)}"
-        return
-    lines = list(_dump_mapping(item.value, indent + "  "))
-    comments = sum(1 for _ in itertools.takewhile(lambda line: not line or line.lstrip().startswith("#"), lines))
-    yield from (line[2:] for line in lines[:comments])
-    yield f"{indent}- {lines[comments].lstrip()}"
-    yield from lines[comments + 1 :]
+_Dumper.add_representer(str, _represent_text)
 
 
-def _inline(node: Node, block: bool = False) -> str:
-    """One-line form; in flow context any text that YAML could misread is quoted."""
-    if isinstance(node.value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_inline(child)}" for key, child in node.value.items()) + "}"
-    if isinstance(node.value, list):
-        return "[" + ", ".join(_inline(child) for child in node.value) + "]"
-    if isinstance(node.value, str):
-        if node.raw is not None and (block or _PLAIN_WORD.fullmatch(node.raw)):
-            return node.raw
-        return json.dumps(node.value, ensure_ascii=False)
-    if node.raw:
-        return node.raw
-    return "null" if node.value is None else str(node.value)
+def dump(data: dict[str, Any]) -> str:
+    """YAML text of plain data, keys in their order; ``parse`` gives the same data back."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -34,12 +34,15 @@ DEFAULT_STAGE = "main"
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A valid configuration, the YAML that gives it, and its hash."""
+    """A valid configuration and its hash."""
 
     config: RunConfig
-    text: str
-    """Effective YAML: the file verbatim, or with includes and overrides merged in and comments carried along."""
     hash: str
+
+    @property
+    def text(self) -> str:
+        """Effective YAML: every value of every stage, defaults included."""
+        return dump(self.config.model_dump(mode="json", exclude_none=True))
 
 
 class GrowthRules(Protocol):
@@ -68,15 +71,13 @@ def read_config(
         ConfigError: everything that is wrong, one ``file:line: section.key: ...`` a line.
     """
     path = Path(path)
-    written, text = _read(path)
-    included = "base" in written.value
-    root, changes = apply_overrides(_with_bases(path, written, (path,)), overrides)
+    root, changes = apply_overrides(_with_bases(path, _read(path), (path,)), overrides)
     effective = _expand(root)
     config, problems = _validate(effective, growth)
     problems += _without_effect(effective, changes)
     if config is None or problems:
         raise ConfigError(render(problems))
-    return LoadedConfig(config, dump(root) if included or changes else text, config_hash(config))
+    return LoadedConfig(config, config_hash(config))
 
 
 def config_hash(config: RunConfig) -> str:
@@ -85,7 +86,7 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _read(path: Path, mentioned: str = "") -> tuple[Node, str]:
+def _read(path: Path, mentioned: str = "") -> Node:
     """``document.read``, with a hint on the name; ``mentioned`` is the place of the ``base:`` that names the file."""
     if path.is_file():
         return read(path)
@@ -116,18 +117,9 @@ def _with_bases(path: Path, node: Node, chain: tuple[Path, ...]) -> Node:
         if target.resolve() in resolved:
             circle = " -> ".join(map(str, (*chain[resolved.index(target.resolve()) :], target)))
             raise ConfigError(f"{entry.place}: base: files include each other: {circle}; remove one of these includes")
-        below = _with_bases(target, _read(target, entry.place)[0], (*chain, target))
+        below = _with_bases(target, _read(target, entry.place), (*chain, target))
         merged = below if merged is None else merge(merged, below)
-    return _with_header(base, own if merged is None else merge(merged, own))
-
-
-def _with_header(base: Node, merged: Node) -> Node:
-    """The comments above ``base:``, most often the file's header, moved to what is now the first section."""
-    content = dict(merged.value)
-    for key, node in content.items():
-        content[key] = replace(node, above=(*base.above, *(("",) if base.above and node.above else ()), *node.above))
-        break
-    return replace(merged, value=content)
+    return own if merged is None else merge(merged, own)
 
 
 def _expand(root: Node) -> Node:

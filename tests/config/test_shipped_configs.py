@@ -62,7 +62,7 @@ def test_model_has_the_parameters_it_states(path, tmp_path):
 def test_every_fragment_is_included_by_a_run():
     included = set()
     for path in RUNS:
-        base = read(path)[0].child("base")
+        base = read(path).child("base")
         names = base.plain() if base else []
         for name in [names] if isinstance(names, str) else names:
             included.add((path.parent / name).resolve())
