@@ -1,0 +1,24 @@
+# The few commands of a checkout. ARGS goes on to the command.
+VENV ?= $(or $(GROWTH_MEGATRON_VENV),.venv)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: help test check format bench quickstart
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+test: ## environment, checks and tests (ARGS="-k growth")
+	bash tests/run.sh $(ARGS)
+
+check: ## ruff and mypy
+	ruff check . && ruff format --check . && mypy
+
+format: ## let ruff put it right
+	ruff check --fix . && ruff format .
+
+bench: ## the benchmarks; read README before quoting their figures
+	python tools/bench_train.py $(ARGS)
+	python tools/bench_growth.py $(ARGS)
+
+quickstart: ## train, grow, go on: minutes on two cores
+	bash launch/quickstart.sh
