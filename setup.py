@@ -19,6 +19,7 @@ EXTRAS = {
         "mypy",
         "types-PyYAML",
         "zstandard",
+        "safetensors",
         "transformers>=4.45",
     ],
 }
@@ -44,7 +45,7 @@ setup(
         "PyYAML",
         "rich",
         "sentencepiece",
-        "safetensors",
+        "protobuf",  # of sentencepiece's model files
         "typing_extensions",
     ],
     extras_require=EXTRAS,

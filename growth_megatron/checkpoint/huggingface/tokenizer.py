@@ -10,11 +10,12 @@ spells a special token (``</s>``) becomes that token in transformers, as everywh
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
 
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, TokenIds, read_config
 from growth_megatron.config.schema import ModelConfig
@@ -34,9 +35,8 @@ COPIED_NAMES = (
     "chat_template.json",
 )
 
+_MODEL: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # generated, without types
 _SPACE = "\u2581"  # SentencePiece's mark of a space
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_BYTE_PAIRS = 2
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,8 @@ def tokenizer_files(tokenizer: Path | None, geometry: ModelConfig) -> TokenizerF
     return TokenizerFiles(written, {MODEL_NAME: tokenizer}, ids, str(tokenizer))
 
 
-@dataclass(frozen=True)
-class _Piece:
-    text: str
-    score: float
-    kind: int
-
-
 class SentencePieceModel:
-    """What is needed of a SentencePiece model file beyond what its library tells: scores and options.
+    """What is needed of a SentencePiece model file beyond what its processor tells: kinds of pieces and options.
 
     Raises:
         CheckpointError: from the constructor, for a model other than byte-pair without normalisation.
@@ -94,30 +87,19 @@ class SentencePieceModel:
 
     def __init__(self, path: Path) -> None:
         tokenizer = Tokenizer(path)  # refuses a damaged file
-        self.pieces: list[_Piece] = []
-        trainer: dict[int, Any] = {}
-        normalizer: dict[int, Any] = {}
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                entry = dict(_fields(value))
-                score = struct.unpack("<f", entry[2])[0] if 2 in entry else 0.0
-                self.pieces.append(_Piece(entry.get(1, b"").decode(), score, entry.get(3, _NORMAL)))
-            elif number == 2:
-                trainer = dict(_fields(value))
-            elif number == 3:
-                normalizer = dict(_fields(value))
-        self.adds_prefix = bool(normalizer.get(3, 1))
-        self._ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": self._unknown_id()}
-        problems = []
-        if trainer.get(3, 1) != _BYTE_PAIRS:
-            problems.append("it is no byte-pair model")
-        if normalizer.get(2):
-            problems.append("it normalises characters")
-        if normalizer.get(4, 1):
-            problems.append("it removes extra spaces")
-        if trainer.get(24, 0) or not normalizer.get(5, 1):
-            problems.append("it marks spaces in another way")
-        if problems:
+        model = _MODEL.FromString(path.read_bytes())
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
+        self.pieces = list(model.pieces)
+        self.adds_prefix = bool(normalizer.add_dummy_prefix)
+        unknown = next((number for number, piece in enumerate(self.pieces) if piece.type == piece.UNKNOWN), -1)
+        self._ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": unknown}
+        checks = {
+            "it is no byte-pair model": trainer.model_type != trainer.BPE,
+            "it normalises characters": bool(normalizer.precompiled_charsmap),
+            "it removes extra spaces": normalizer.remove_extra_whitespaces,
+            "it marks spaces in another way": trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
+        }
+        if problems := [text for text, is_so in checks.items() if is_so]:
             raise CheckpointError(
                 f"{path} cannot be written as tokenizer.json: {', '.join(problems)}; allowed: byte-pair models without "
                 "normalisation, as train-tokenizer makes them. Export without it and convert it yourself"
@@ -126,7 +108,7 @@ class SentencePieceModel:
     @property
     def special_tokens(self) -> dict[str, str]:
         """Role -> piece, for the roles that the model has."""
-        return {role: self.pieces[number].text for role, number in self._ids.items() if number >= 0}
+        return {role: self.pieces[number].piece for role, number in self._ids.items() if number >= 0}
 
     def id_or_none(self, role: str) -> int | None:
         return self._ids[role] if self._ids[role] >= 0 else None
@@ -136,9 +118,9 @@ class SentencePieceModel:
         """Pieces that are matched whole, before any merging."""
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
-            {"id": number, "content": piece.text, **flags, "special": piece.kind != _USER_DEFINED}
+            {"id": number, "content": piece.piece, **flags, "special": piece.type != piece.USER_DEFINED}
             for number, piece in enumerate(self.pieces)
-            if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+            if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)
         ]
 
     def merges(self) -> list[list[str]]:
@@ -146,16 +128,13 @@ class SentencePieceModel:
 
         SentencePiece joins the neighbours whose union scores highest; so every pair that makes a piece ranks with it.
         """
-        ids = {piece.text: number for number, piece in enumerate(self.pieces) if piece.kind == _NORMAL}
+        ids = {piece.piece: number for number, piece in enumerate(self.pieces) if piece.type == piece.NORMAL}
         ranked = []
         for text, number in ids.items():
             pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
             known = [(ids[left], ids[right], left, right) for left, right in pairs if left in ids and right in ids]
             ranked += [(-self.pieces[number].score, number, *pair) for pair in known]
         return [[left, right] for *_, left, right in sorted(ranked)]
-
-    def _unknown_id(self) -> int:
-        return next((number for number, piece in enumerate(self.pieces) if piece.kind == _UNKNOWN), -1)
 
 
 def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
@@ -182,9 +161,9 @@ def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
-            "byte_fallback": any(piece.kind == _BYTE for piece in model.pieces),
+            "byte_fallback": any(piece.type == piece.BYTE for piece in model.pieces),
             "ignore_merges": False,
-            "vocab": {piece.text: number for number, piece in enumerate(model.pieces)},
+            "vocab": {piece.piece: number for number, piece in enumerate(model.pieces)},
             "merges": model.merges(),
         },
     }
@@ -205,30 +184,3 @@ def _tokenizer_config(model: SentencePieceModel, geometry: ModelConfig) -> dict[
         # LlamaTokenizer would build normalizer and decoder anew instead of reading tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of a protocol buffer: numbers as int, all else as bytes."""
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, position = _varint(data, position)
-            yield number, value
-            continue
-        length = {1: 8, 5: 4}.get(wire)
-        if length is None:
-            length, position = _varint(data, position)
-        yield number, data[position : position + length]
-        position += length
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 128:
-            return value, position
