@@ -6,7 +6,6 @@ Does not own: what is possible (``growth.conditions``), the plan (``growth.plan`
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.config.words import did_you_mean
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.layers import parse_layers
@@ -133,8 +133,7 @@ def _parse(setting: str) -> tuple[str, Any]:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], known, 1, 0.6)
-    return (f"; did you mean {close[0]}?" if close else ";") + f" allowed: {', '.join(known)}"
+    return (did_you_mean(name.rsplit(".", 1)[-1], known) or ";") + f" allowed: {', '.join(known)}"
 
 
 def _validated(section: type[_Section], fields: Mapping[str, Any], name: str) -> _Section:

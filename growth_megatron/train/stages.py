@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.describe import describe_options, geometry_changes
 from growth_megatron.checkpoint.folder.manifest import Manifest, read_manifest, record_validation_losses
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
@@ -28,6 +27,7 @@ from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import RunConfig
 from growth_megatron.config.units import format_bytes
+from growth_megatron.config.words import describe_options, geometry_changes
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
