@@ -12,9 +12,9 @@ from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
 from growth_megatron.checkpoint.origin import Origin, find_origin
 from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
-from growth_megatron.config.words import model_line
 from growth_megatron.errors import EXIT_OK, CheckpointError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

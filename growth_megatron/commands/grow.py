@@ -10,6 +10,7 @@ from growth_megatron.commands.growth import grow, plan_grow
 from growth_megatron.commands.growth_request import read_request
 from growth_megatron.commands.parsing import Subparsers, add_command
 from growth_megatron.errors import EXIT_OK, ConfigError
+from growth_megatron.growth.operators import names_by_side
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -38,12 +39,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _add_growth_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--operator",
-        metavar="NAME",
-        help="direct (default), zero, random; depth: stack, interpolate, solar, midas, gradual, identity; width: "
-        "split, hypercloning, sparkling; or DEPTH+WIDTH",
-    )
+    names = "; ".join(f"{side}: {', '.join(names)}" for side, names in names_by_side().items())
+    parser.add_argument("--operator", metavar="NAME", help=f"{names}; or DEPTH+WIDTH; default: direct")
     parser.add_argument(
         "--set",
         dest="settings",

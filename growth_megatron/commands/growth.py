@@ -21,9 +21,9 @@ from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
 from growth_megatron.commands.growth_forecast import forecast, render_forecast, render_map
 from growth_megatron.commands.growth_request import GrowthRequest
+from growth_megatron.config.lines import model_section
 from growth_megatron.config.progress_bar import BytesCallback, bytes_progress
 from growth_megatron.config.units import format_bytes
-from growth_megatron.config.words import model_section
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.checked import CheckedGrowth, check_growth
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS

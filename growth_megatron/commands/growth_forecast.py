@@ -14,9 +14,9 @@ from typing import Any
 
 from growth_megatron.checkpoint.folder.target import free_bytes
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
+from growth_megatron.config.lines import compact_layers, describe_options, geometry_changes, model_line
 from growth_megatron.config.tables import columns
 from growth_megatron.config.units import format_bytes, format_count
-from growth_megatron.config.words import compact_layers, describe_options, geometry_changes, model_line
 from growth_megatron.growth.checked import CheckedGrowth
 from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.plan import inexact_multipliers

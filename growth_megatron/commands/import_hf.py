@@ -9,9 +9,9 @@ from growth_megatron.checkpoint.folder.commit import exclusive
 from growth_megatron.checkpoint.origin import huggingface_origin
 from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
 from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.config.lines import model_line, model_section
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
-from growth_megatron.config.words import model_line, model_section
 from growth_megatron.errors import EXIT_OK
 
 

@@ -18,12 +18,13 @@ from growth_megatron.checkpoint.origin import Origin, find_origin
 from growth_megatron.commands.parsing import Subparsers, add_command
 from growth_megatron.commands.tensor_statistics import render_tensor, tensor_statistics
 from growth_megatron.commands.tensor_table import render_table, tensor_table
+from growth_megatron.config.lines import compact_layers, describe_options, geometry_changes, layout_line, model_line
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.config.tables import columns
 from growth_megatron.config.units import format_bytes, format_count
-from growth_megatron.config.words import compact_layers, describe_options, geometry_changes, layout_line, model_line
 from growth_megatron.errors import EXIT_OK
 from growth_megatron.growth.layers import connection_rate
+from growth_megatron.model.architecture import EMBEDDING
 from growth_megatron.model.cost import parameter_count
 
 
@@ -32,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "inspect",
         "growth-megatron inspect runs/quickstart/latest",
-        "growth-megatron inspect runs/quickstart/latest --tensor decoder.layers.0.mlp.linear_fc1.weight",
+        f"growth-megatron inspect runs/quickstart/latest --tensor {EMBEDDING.name}",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest or a run directory")
     parser.add_argument("--tensor", metavar="KEY", help="statistics of one tensor: its values, chunks and files")

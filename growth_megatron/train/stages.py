@@ -23,11 +23,11 @@ from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDir
 from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
+from growth_megatron.config.lines import describe_options, geometry_changes
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import RunConfig
 from growth_megatron.config.units import format_bytes
-from growth_megatron.config.words import describe_options, geometry_changes
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data

@@ -17,8 +17,8 @@ from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.origin import find_origin
 from growth_megatron.checkpoint.verify import verify_files
 from growth_megatron.commands.inspect import describe_checkpoint, describe_tensor, growth_line, render_description
+from growth_megatron.config.lines import compact_layers, geometry_changes
 from growth_megatron.config.schema import ParallelConfig
-from growth_megatron.config.words import compact_layers, geometry_changes
 from growth_megatron.errors import CheckpointError, NothingValidError
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.layers import parse_layers

@@ -30,7 +30,7 @@ from growth_megatron.checkpoint.huggingface.tokenizer import TokenizerFiles, tok
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
-from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.architecture import EMBEDDING, tensor_shapes
 from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSource, TensorSpec
 
 SHARD_BYTES = 5_000_000_000
@@ -157,7 +157,7 @@ def export_huggingface(
     return ExportResult(
         path=target,
         files=tuple(sorted(path.name for path in written)),
-        dtype=weights.spec("embedding.word_embeddings.weight").dtype,
+        dtype=weights.spec(EMBEDDING.name).dtype,
         tokenizer=chosen.origin,
         bytes_written=sum(path.stat().st_size for path in written),
         seconds=time.monotonic() - started,
@@ -188,7 +188,7 @@ def _documents(
     weights: ExportedWeights, geometry: ModelConfig, shards: Sequence[FileLayout], tokenizer: TokenizerFiles
 ) -> dict[str, bytes]:
     """The small files by name."""
-    dtype = weights.spec("embedding.word_embeddings.weight").dtype
+    dtype = weights.spec(EMBEDDING.name).dtype
     ids = tokenizer.ids
     generation = {"_from_model_config": True, "bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     documents = {
