@@ -1,5 +1,6 @@
 """Packaging of growth_megatron; exact versions that were tested are in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -24,9 +25,13 @@ EXTRAS = {
     ],
 }
 
+# Read, not imported: the package's dependencies are not there while it is built.
+INIT = Path(__file__).with_name("growth_megatron") / "__init__.py"
+(VERSION,) = re.findall(r'__version__ = "(.+)"', INIT.read_text(encoding="utf-8"))
+
 setup(
     name="growth-megatron",
-    version="0.1.0",
+    version=VERSION,
     description="LLaMA pretraining on megatron-core with model growth inside the run",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     if Path(__file__).with_name("README.md").exists()
@@ -40,6 +45,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
         "numpy",
+        "filelock",
         "psutil",  # megatron-core imports it without declaring it
         "pydantic>=2",
         "PyYAML",

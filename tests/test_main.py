@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from growth_megatron.__main__ import _joined, _parser, main
+from growth_megatron import __version__
+from growth_megatron.__main__ import main, parser_for
+from growth_megatron.commands import COMMANDS
 from growth_megatron.errors import EXIT_NOTHING_VALID, EXIT_OK, EXIT_USAGE
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint
 from tests.command_line import Outcome, run_command, run_commands
 from tests.ranks import ROOT, environment
-
-SUBCOMMANDS = (
-    *("train", "plan", "report", "grow", "plan grow", "inspect", "verify"),
-    *("import-hf", "export-hf", "train-tokenizer", "prepare-data"),
-)
 
 Content = dict[str, Any]
 Run = Callable[..., Outcome]
@@ -54,22 +51,22 @@ def _helps(outcome: Outcome, *words: str) -> None:
         assert word in outcome.err, outcome.err
 
 
-@pytest.mark.parametrize("command", SUBCOMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_that_parse(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert outcome.code == EXIT_OK
     examples = [line.strip() for line in outcome.out.split("examples:\n")[1].splitlines()]
     assert examples
     for example in examples:
-        arguments = _joined(shlex.split(example.split("growth-megatron ")[-1].split("-m growth_megatron ")[-1]))
+        arguments = shlex.split(example.split("growth-megatron ")[-1].split("-m growth_megatron ")[-1])
         assert arguments[0] == command
-        _parser().parse_args(arguments)
+        parser_for(arguments).parse_args(arguments)
 
 
 def test_the_help_of_all_lists_every_subcommand_and_the_exit_codes(run: Run) -> None:
     outcome = run("--help")
     assert outcome.code == EXIT_OK
-    for words in (*SUBCOMMANDS, "75", "76", "77"):
+    for words in (*COMMANDS, "75", "76", "77"):
         assert words in outcome.out
 
 
@@ -198,7 +195,7 @@ def test_a_missing_configuration_suggests_its_neighbour(run: Run, growing_config
 def test_a_world_size_that_does_not_fit(
     run: Run, growing_config: Path, world_size: int, overrides: list[str], words: str
 ) -> None:
-    _helps(run("plan", growing_config, *overrides, "--world-size", world_size), words)
+    _helps(run("plan", growing_config, *overrides, "--gpus", world_size), words)
 
 
 def test_train_checks_the_world_size_before_it_waits_for_other_ranks(growing_config: Path) -> None:
@@ -215,20 +212,44 @@ def test_only_rank_zero_tells(run: Run, growing_config: Path, monkeypatch: pytes
     assert (outcome.code, outcome.err) == (EXIT_USAGE, "")
 
 
-def test_plan_needs_no_torch(growing_config: Path) -> None:
-    script = (
-        "import sys\n"
-        "from growth_megatron.__main__ import main\n"
-        f"code = main(['plan', {str(growing_config)!r}, '--json'])\n"
-        "print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules], file=sys.stderr)\n"
-        "sys.exit(code)\n"
-    )
+_IMPORTED = """
+import sys
+from growth_megatron.__main__ import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as leaving:
+    code = leaving.code or 0
+print([name for name in ("torch", "megatron", "numpy") if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def _run_without_torch(*arguments: str) -> str:
+    """What a command prints in a process of its own that must not load torch."""
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", _IMPORTED, *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "[]"
-    assert [stage["name"] for stage in json.loads(done.stdout)["stages"]] == ["base", "grown"]
+    return done.stdout
+
+
+def test_plan_and_help_need_no_torch(growing_config: Path) -> None:
+    plan = json.loads(_run_without_torch("plan", str(growing_config), "--json"))
+    assert [stage["name"] for stage in plan["stages"]] == ["base", "grown"]
+    assert "SUBCOMMAND" in _run_without_torch("--help")
+    assert _run_without_torch("--version") == f"growth-megatron {__version__}\n"
+
+
+def test_report_needs_no_torch(tmp_path: Path) -> None:
+    numbers = {"step": 1, "stage_step": 1, "consumed_tokens": 8, "consumed_samples": 1, "flops": 1e6, "loss": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "stage": "base", **numbers}) + "\n")
+    assert "2.500" in _run_without_torch("report", str(tmp_path), "--no-plot")
+
+
+def test_plan_grow_says_where_it_went(run: Run) -> None:
+    _helps(run("plan", "grow", "runs/a", "--set", "num_layers=4"), "growth-megatron grow SOURCE [TARGET] --plan")
 
 
 def test_a_closed_pipe_is_no_fault(growing_config: Path) -> None:
@@ -316,8 +337,11 @@ def test_checkpoint_commands(run: Run, tmp_path: Path) -> None:
     _helps(run("inspect", tmp_path / "run", "--tensor", "output.weight"), "did you mean output_layer.weight?")
     assert run("verify", tmp_path / "run", "--full").out.count("OK") == 2
     assert json.loads(run("verify", tmp_path / "run", "--json").out)["ok"] is True
-    dry = run("grow", tmp_path / "run", tmp_path / "b", "--layers", "1-12*2", "--dry-run")
-    assert (dry.code, "nothing was written" in dry.out) == (EXIT_OK, True)
+    plan = run("grow", tmp_path / "run", tmp_path / "b", "--layers", "1-12*2", "--plan")
+    assert (plan.code, "nothing was written" in plan.out) == (EXIT_OK, True)
+    plan = run("grow", tmp_path / "run", "--layers", "1-12*2", "--plan", "--json")
+    assert (plan.code, json.loads(plan.out)["executor"]) == (EXIT_OK, "link")
+    _helps(run("grow", tmp_path / "run", tmp_path / "b", "--layers", "1-12*2", "--json"), "add --plan")
     assert run("grow", tmp_path / "run", tmp_path / "b", "--set", "num_layers=4").code == EXIT_OK
     assert run("verify", tmp_path / "b").code == EXIT_OK
     _helps(run("grow", tmp_path / "run", tmp_path / "b", "--set", "num_layers=4"), "exists; name a new folder")

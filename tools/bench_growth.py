@@ -13,7 +13,7 @@ Everything is compared in turn in one session, sources out of the page cache, fl
 3. `width`: hidden size, heads and ffn doubled, with and without noise, against a script that grows and saves one whole
    tensor after the other.
 4. `memory`: peak anonymous memory of `width` beyond the imports, and the same at twice the layers.
-5. `plan`: `plan grow` of a 70B checkpoint's metadata, the whole command.
+5. `plan`: `grow --plan` of a 70B checkpoint's metadata, the whole command.
 6. `peer`: mergekit's passthrough and `grow hf:A hf:B` on the same weights, whole commands.
 """
 
@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, library_version, write_manifest
 from growth_megatron.checkpoint.huggingface.writer import export_huggingface
-from growth_megatron.checkpoint.interchange import fresh_objects
+from growth_megatron.checkpoint.origin import fresh_objects
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
@@ -291,7 +291,7 @@ def bench_memory(root: Path, model: ModelConfig) -> Figures:
 
 
 def write_metadata(folder: Path, model: ModelConfig, tensor_parallel_size: int = 8) -> Path:
-    """A checkpoint's metadata and manifest without its data: all that ``plan grow`` reads."""
+    """A checkpoint's metadata and manifest without its data: all that ``grow --plan`` reads."""
     folder.mkdir(parents=True)
     metadata = Metadata({}, None, {}, StorageMeta(), "1.0.0")
     names: dict[str, int] = {}
@@ -323,13 +323,13 @@ def bench_plan(root: Path, model: ModelConfig, repeats: int) -> Figures:
     width = f"hidden_size={2 * model.hidden_size}"
     seconds: dict[str, float] = {}
     for name, settings in (("link", [depth]), ("write", [depth, width, "shares=uneven"])):
-        command = [sys.executable, "-m", "growth_megatron", "plan", "grow", str(source), "--json", "--set", *settings]
+        command = [sys.executable, "-m", "growth_megatron", "grow", str(source), "--plan", "--json", "--set", *settings]
         runs = [
             timed(lambda line=command: subprocess.run(line, check=True, stdout=subprocess.DEVNULL), source)  # type: ignore[misc]
             for _ in range(repeats)
         ]
         seconds[name] = median(runs)
-    imports = [sys.executable, "-c", "import growth_megatron.commands.grow"]
+    imports = [sys.executable, "-c", "import growth_megatron.commands.growth"]
     seconds["imports"] = median([timed(lambda: subprocess.run(imports, check=True), source) for _ in range(repeats)])
     return {"metadata_bytes": (source / ".metadata").stat().st_size, "seconds": seconds}
 

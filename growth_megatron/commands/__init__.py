@@ -1,0 +1,18 @@
+"""The subcommands of ``growth-megatron``: one module each, with ``add_parser(subparsers)`` and ``run(options)``.
+
+Owns: their names and what each does in a line. A module is imported when its subcommand is asked for, and no other:
+only it may need torch or megatron-core.
+"""
+
+COMMANDS = {
+    "train": "Run or continue the run in run.directory.",
+    "plan": "Say what a run would cost: parameters, FLOPs, memory per rank, bubble. No GPU, no processes.",
+    "report": "Final figures of a run and its loss curve (RUN/plots/loss.png).",
+    "grow": "Write a grown copy of a checkpoint: deeper, wider or both, with its optimizer state.",
+    "inspect": "Say what a checkpoint holds: progress, geometry, layout, lineage, tensors.",
+    "verify": "Check that a checkpoint, or every checkpoint of a run, is whole, and a grown one what its growth gives.",
+    "import-hf": "Write a Hugging Face LLaMA (config.json, safetensors) as a checkpoint that train resumes from.",
+    "export-hf": "Write a checkpoint as a Hugging Face LlamaForCausalLM, with its tokenizer.",
+    "train-tokenizer": "Train a SentencePiece tokenizer (BPE, byte fallback).",
+    "prepare-data": "Tokenize text (.txt, .jsonl, also .gz and .zst; folders) into Megatron's .bin and .idx.",
+}

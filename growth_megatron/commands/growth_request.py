@@ -6,7 +6,6 @@ Does not own: what is possible (``growth.conditions``), the plan (``growth.plan`
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ from pydantic import ValidationError
 
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.config.words import did_you_mean
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.layers import parse_layers
+from growth_megatron.growth.operators import option_problems
 
 MODEL_SETTINGS = (*GEOMETRY_FIELDS, "tie_embeddings", "norm_epsilon")
 GROWTH_SETTINGS = ("order", "shares", "cancelling_noise", "noise", "multipliers")
@@ -64,7 +65,7 @@ class GrowthRequest:
 
 
 def read_request(
-    config: Path | None,
+    path: Path | None,
     *,
     settings: Sequence[str],
     operator: str | None,
@@ -77,7 +78,7 @@ def read_request(
     Raises:
         GrowthError: unreadable, unknown or contradictory; the message names the nearest possible name.
     """
-    document = _read_file(config) if config is not None else {}
+    document = _read_file(path) if path is not None else {}
     model, growth = dict(document.get("model") or {}), dict(document.get("growth") or {})
     given: dict[str, Any] = {}
     for setting in settings:
@@ -91,7 +92,10 @@ def read_request(
     chosen = seed if seed is not None else document.get("seed", 0)
     if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 0:
         raise GrowthError(f"seed is {chosen!r}; allowed: whole numbers from 0")
-    return GrowthRequest(model, _validated(GrowthConfig, growth, "growth"), chosen)
+    config = _validated(GrowthConfig, growth, "growth")
+    if problems := option_problems(config):
+        raise GrowthError(f"growth: {'; '.join(f'{key}: {text}' for key, text in problems)}")
+    return GrowthRequest(model, config, chosen)
 
 
 def _count(layers: str | Sequence[int], source_layers: int) -> int:
@@ -133,8 +137,7 @@ def _parse(setting: str) -> tuple[str, Any]:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], known, 1, 0.6)
-    return (f"; did you mean {close[0]}?" if close else ";") + f" allowed: {', '.join(known)}"
+    return (did_you_mean(name.rsplit(".", 1)[-1], known) or ";") + f" allowed: {', '.join(known)}"
 
 
 def _validated(section: type[_Section], fields: Mapping[str, Any], name: str) -> _Section:

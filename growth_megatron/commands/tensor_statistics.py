@@ -1,14 +1,13 @@
 """One tensor of a checkpoint in figures: where it lies and how its values are spread.
 
 Owns: what ``inspect --tensor`` says, and the search for the tensor that was meant.
-Does not own: the checkpoint as a whole (``checkpoint.describe``), reading (``checkpoint.torch_dist.reader``).
+Does not own: the checkpoint as a whole (``commands.inspect``), reading (``checkpoint.torch_dist.reader``).
 
 Memory: some tens of megabytes; a tensor is read in blocks of rows.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter
@@ -20,7 +19,9 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.config.tables import columns
 from growth_megatron.config.units import format_bytes
+from growth_megatron.config.words import closest
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import LAYER_PREFIX
 from growth_megatron.model.tensors import Region, TensorSource, row_blocks
@@ -82,8 +83,7 @@ def render_tensor(description: dict[str, Any]) -> str:
         ("non-finite", f"{d['non_finite']:,}" if d["non_finite"] else "none"),
         ("first values", " ".join(v if isinstance(v, str) else f"{v:.6g}" for v in d["first_values"])),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+    return "\n".join(columns(rows))
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _meant(key: str, keys: Sequence[str]) -> str:
         numbers = [int(match[1]) for name in keys if (match := _LAYER.search(name))]
         return f"; name one layer out of 0 to {max(numbers)}, as in {known[pattern]}"
     close = [name for name in known if name.endswith(f".{key}") or f"{key}." in name]
-    close = close or difflib.get_close_matches(pattern, known, 3, 0.6)
+    close = close or closest(pattern, known, 3)
     if not close:
         return "; growth-megatron inspect lists the tensors"
     asked = match[1] if (match := _LAYER.search(key)) else "0"

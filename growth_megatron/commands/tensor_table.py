@@ -1,7 +1,7 @@
 """The tensors of a model in a table: those alike in all but the layer's number in one row.
 
 Owns: which tensors share a row, the rows' order and their layout as text.
-Does not own: what else is known of a checkpoint (``checkpoint.describe``).
+Does not own: what else is known of a checkpoint (``commands.inspect``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, is_stacked
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.config.tables import columns
 from growth_megatron.model.architecture import LAYER_PREFIX, tensor_shapes
 from growth_megatron.model.tensors import TensorSource
 
@@ -72,14 +73,7 @@ def render_table(tensors: Sequence[dict[str, Any]], objects: int = 0) -> list[st
     for t in tensors:
         shape = " x ".join(map(str, t["shape"])) or "scalar"
         rows.append((t["key"], str(t["count"]), shape, t["dtype"], str(t.get("chunks", ""))))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in (0, 2, 3) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    lines = columns(rows, right=[1, 4])
     if objects:
         lines.append(f"and {objects} byte object{'s' if objects != 1 else ''}")
     return lines

@@ -6,7 +6,6 @@ Does not own: the rules (``config.schema``, ``config.checks``).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from growth_megatron.config.document import Node
 from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.words import closest
 
 STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training")
 TOP_LEVEL = (
@@ -121,8 +121,7 @@ def suggest(word: str, allowed: Iterable[str]) -> str | None:
     allowed = list(allowed)
     if _SYNONYMS.get(word.lower()) in allowed:
         return _SYNONYMS[word.lower()]
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), allowed, 1, 0.6)
-    return close[0] if close else None
+    return next(iter(closest(word, allowed)), None)
 
 
 def _unknown(key: str, parent: tuple[str | int, ...]) -> tuple[str, str | None]:

@@ -6,11 +6,11 @@ Does not own: whether a key exists; the schema says so afterwards, with the same
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from growth_megatron.config.document import Node, merge, our_name, parse
+from growth_megatron.config.words import did_you_mean
 from growth_megatron.errors import ConfigError
 
 PLACE = "command line"
@@ -93,9 +93,9 @@ def _index(node: Node, key: str, path: str) -> int:
         return labels.index(key)
     if key.isdigit() and int(key) < len(labels):
         return int(key)
-    close = difflib.get_close_matches(key, labels, 1)
-    hint = f"did you mean {close[0]}? " if close else ""
     indices = f"0 to {len(labels) - 1}" if labels else "none, the list is empty"
     named = [label for label in labels if not label.isdigit()]
     allowed = f"names {', '.join(named)}, or indices {indices}" if named else f"indices {indices}"
-    raise ConfigError(f"{PLACE}: {path}: {node.path} has no entry {key!r}; {hint}allowed: {allowed}")
+    raise ConfigError(
+        f"{PLACE}: {path}: {node.path} has no entry {key!r}{did_you_mean(key, labels) or ';'} allowed: {allowed}"
+    )

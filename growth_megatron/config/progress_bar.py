@@ -7,14 +7,16 @@ Does not own: what is done, and how often it reports.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -22,26 +24,37 @@ from rich.progress import (
 
 from growth_megatron.config.units import format_bytes
 
-BytesCallback = Callable[[int, int], None]
-"""Called with the bytes done so far and all of them; from any thread."""
-
 LINE_INTERVAL_S = 10.0
 
 
-@contextmanager
-def bytes_progress(label: str, interval_s: float = LINE_INTERVAL_S) -> Iterator[BytesCallback]:
-    """A callback ``(done, total)`` whose reports are shown under ``label`` while the context lasts.
+class BytesCallback(Protocol):
+    """Called with the bytes done so far and all of them, and further figures as text; from any thread."""
 
-    Off a terminal a line is printed every ``interval_s`` seconds, so that short work prints nothing.
+    def __call__(self, done: int, total: int, figures: str = ...) -> None: ...
+
+
+@contextmanager
+def bytes_progress(
+    label: str, interval_s: float | None = None, stream: TextIO | None = None
+) -> Iterator[BytesCallback]:
+    """A callback whose reports are shown under ``label`` while the context lasts.
+
+    Off a terminal a line is printed every ``interval_s`` seconds (default: ``LINE_INTERVAL_S``), so that short work
+    prints nothing. ``stream``: default standard error.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True) if stream is None else Console(file=stream)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield _Lines(label, console, interval_s)
+        yield _Lines(label, console, LINE_INTERVAL_S if interval_s is None else interval_s)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(binary_units=True))
+    more = (TextColumn("{task.fields[figures]}"), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *more, console=console) as bar:
+        task = bar.add_task(label, total=None, figures="")
+
+        def report(done: int, total: int, figures: str = "") -> None:
+            bar.update(task, completed=done, total=total, figures=figures)
+
+        yield report
 
 
 class _Lines:
@@ -49,17 +62,17 @@ class _Lines:
         self._label, self._console, self._interval_s = label, console, interval_s
         self._started = self._printed = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, figures: str = "") -> None:
         now = time.monotonic()
         if now - self._printed < self._interval_s:
             return
         self._printed = now
-        elapsed = now - self._started
+        elapsed = max(now - self._started, 1e-9)
         share = 100 * done / total if total else 100.0
         left = f", {elapsed * (total - done) / done:.0f} s left" if done else ""
         self._console.print(
             f"{self._label}: {format_bytes(done)} of {format_bytes(total)} ({share:.0f} %), "
-            f"{format_bytes(done / elapsed)}/s{left}",
+            f"{format_bytes(done / elapsed)}/s{', ' if figures else ''}{figures}{left}",
             highlight=False,
             soft_wrap=True,
         )

@@ -9,7 +9,6 @@ so that every ``StageConfig`` here is complete by itself.
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from growth_megatron.config.section import (
     refuse,
     whole_number,
 )
+from growth_megatron.config.words import did_you_mean
 
 _DEFAULTED = ("num_query_groups", "head_dim")
 """Fields of a model whose default follows from the others."""
@@ -228,9 +228,8 @@ class CheckpointConfig(Section):
     @classmethod
     def _resume(cls, value: str) -> str:
         words = ("auto", "must", "never")
-        close = difflib.get_close_matches(value.lower(), words, 1, 0.7)
-        if close and value not in words:
-            raise ValueError(f"is {value!r}; did you mean {close[0]}? A folder of that name is written ./{value}")
+        if value not in words and (hint := did_you_mean(value, words)):
+            raise ValueError(f"is {value!r}{hint} A folder of that name is written ./{value}")
         return value
 
 

@@ -1,21 +1,31 @@
-"""Sentences that several rooms say: what was probably meant.
+"""Parts of sentences that several rooms print: what was probably meant, and how many more there are.
 
-Owns: the one did-you-mean. Does not own: numbers and units (``config.units``).
+Owns: the one did-you-mean, lists cut short. Does not own: numbers and units (``config.units``), models and layouts in a
+line (``config.lines``), messages on a configuration (``config.messages``).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_CUTOFF = 0.6  # of difflib's ratio: one slip in a short word, two or three in a long one
 
 
-def closest(word: str, allowed: Iterable[str]) -> str | None:
-    """The allowed word that ``word`` was probably meant to be, if one is near enough."""
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), list(allowed), 1, 0.6)
-    return close[0] if close else None
+def closest(word: str, allowed: Iterable[str], count: int = 1) -> list[str]:
+    """Up to ``count`` of the ``allowed`` words that ``word`` may have been meant to be, the likeliest first."""
+    by_lower = {name.lower(): name for name in allowed}
+    found = difflib.get_close_matches(word.lower().replace("-", "_"), by_lower, count, _CUTOFF)
+    return [by_lower[name] for name in found]
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """``; did you mean X?`` to go behind what is wrong; nothing where no allowed word is near."""
-    found = closest(word, allowed)
-    return f"; did you mean {found}?" if found else ""
+    """``; did you mean X?`` to follow what is wrong with ``word``; empty where nothing is near."""
+    near = closest(word, allowed)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def listed(items: Sequence[str], shown: int = 5, separator: str = "; ") -> str:
+    """The first ``shown`` of ``items`` in one text, and how many more there are."""
+    rest = f" (and {len(items) - shown} more)" if len(items) > shown else ""
+    return separator.join(items[:shown]) + rest

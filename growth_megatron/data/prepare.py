@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import TextIO
 import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.data.corpus import Source, list_sources
 from growth_megatron.data.encode import encode_corpus, token_dtype
 from growth_megatron.data.prepared import Description, suffixed
-from growth_megatron.data.progress import PreparationProgress
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
@@ -145,9 +146,10 @@ def prepare_data(
         _refuse_existing(prefixes)
     reader = Tokenizer(tokenizer)
     sources = list_sources(inputs)
-    progress = PreparationProgress(sum(source.size_bytes for source in sources), progress_stream)
+    started, disk_bytes, total_bytes = time.monotonic(), 0, sum(source.size_bytes for source in sources)
+    shown = bytes_progress("preparing", stream=progress_stream)
     results = contextlib.closing(encode_corpus(sources, reader, workers, text_field))
-    with _outputs(prefixes, reader.vocab_size) as outputs, progress, results as encoded_tasks:
+    with _outputs(prefixes, reader.vocab_size) as outputs, shown as progress, results as encoded_tasks:
         text_bytes = empty = seen = 0
         for encoded in encoded_tasks:
             start = 0
@@ -158,12 +160,14 @@ def prepare_data(
                 start = end
             text_bytes += encoded.text_bytes
             empty += encoded.empty_documents
-            progress.add(len(encoded.lengths), len(encoded.tokens), encoded.text_bytes, encoded.disk_bytes)
+            disk_bytes += encoded.disk_bytes
+            tokens = sum(output.tokens for output in outputs)
+            progress(disk_bytes, total_bytes, f"{seen:,} documents, {tokens:,} tokens")
         _check_documents(outputs, inputs, validation_every)
         descriptions = [_describe(output, reader, sources, text_bytes, empty) for output in outputs]
         for output, description in zip(outputs, descriptions, strict=True):
             output.finish(description)
-    return Prepared(dict(zip(prefixes, descriptions, strict=True)), progress.seconds)
+    return Prepared(dict(zip(prefixes, descriptions, strict=True)), time.monotonic() - started)
 
 
 def _describe(

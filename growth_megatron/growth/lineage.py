@@ -13,11 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, Multipliers, library_version
-from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.interchange import LocatedSource, fresh_objects
-from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common, regroup
-from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
-from growth_megatron.config.schema import ParallelConfig
+from growth_megatron.checkpoint.origin import Origin
+from growth_megatron.checkpoint.torch_dist.optimizer_groups import regroup
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState
 from growth_megatron.model.architecture import LAYER_PREFIX
 
@@ -28,7 +25,7 @@ _STACKED_OBJECT = re.compile(
 
 
 def grown_manifest(
-    origin: LocatedSource, plan: GrowthPlan, policy: OptimizerState, stage: int | None, config_hash: str | None
+    origin: Origin, plan: GrowthPlan, policy: OptimizerState, stage: int | None, config_hash: str | None
 ) -> Manifest:
     """The manifest of ``origin`` grown, complete but for its files.
 
@@ -36,42 +33,33 @@ def grown_manifest(
         stage: index of the stage that goes on from it; default: the one after the source's.
         config_hash: of the configuration the growth is part of; default: the source's.
     """
-    manifest = origin.manifest
-    identity = origin.source.identity if isinstance(origin.source, HuggingFaceCheckpoint) else ""
+    source = origin.manifest
     record = GrowthRecord(
         operator=plan.operator,
         options=dict(plan.options),
         layers=plan.layers,
         optimizer_state=policy,
-        step=manifest.step if manifest else 0,
+        step=source.step,
         source=str(origin.path),
-        source_manifest_sha256=manifest.sha256 if manifest else identity,
+        source_manifest_sha256=origin.identity,
         source_geometry=plan.source_geometry,
         target_geometry=plan.target_geometry,
         seed=plan.seed,
         library_version=library_version(),
+        validation_loss_before=source.validation_loss,
     )
-    changes: dict[str, Any] = {
-        "library_version": record.library_version,
-        "stage": stage if stage is not None else manifest.stage + 1 if manifest else 0,
-        "stage_step": 0,
-        "geometry": plan.target_geometry,
-        "files": {},
-        "multipliers": grown_multipliers(manifest.multipliers if manifest else {}, plan, policy),
-    }
-    if manifest is not None:
-        changes |= {"config_hash": config_hash or manifest.config_hash, "lineage": (*manifest.lineage, record)}
-        return manifest.model_copy(update=changes)
-    return Manifest(
-        step=0,
-        consumed_samples=0,
-        consumed_tokens=0,
-        flops=0.0,
-        layout=ParallelConfig(),
-        world_size=1,
-        config_hash=config_hash,
-        lineage=(record,),
-        **changes,
+    return source.model_copy(
+        update={
+            "library_version": record.library_version,
+            "stage": stage if stage is not None else source.stage + origin.is_of_a_run,
+            "stage_step": 0,
+            "geometry": plan.target_geometry,
+            "files": {},
+            "config_hash": config_hash or source.config_hash,
+            "multipliers": grown_multipliers(source.multipliers, plan, policy),
+            "lineage": (*source.lineage, record),
+            "validation_loss": None,
+        }
     )
 
 
@@ -92,27 +80,20 @@ def grown_multipliers(
     return product
 
 
-def grown_common(origin: LocatedSource, manifest: Manifest, policy: OptimizerState) -> dict[str, Any]:
+def grown_common(origin: Origin, manifest: Manifest, policy: OptimizerState) -> dict[str, Any]:
     """Content of ``common.pt``: the optimizer's step kept or zero, its groups those of the grown multipliers."""
-    common = fresh_common() if origin.manifest is None else read_common(origin.path)
+    common = origin.common()
     if policy == "reset":
         common = _with_step_zero(common)
-    if manifest.multipliers or (origin.manifest is not None and origin.manifest.multipliers):
+    if manifest.multipliers or origin.manifest.multipliers:
         return regroup(common, manifest.multipliers, manifest.geometry)
     return dict(common)
 
 
-def grown_objects(origin: LocatedSource, layers: Sequence[int]) -> dict[str, bytes]:
-    """The byte objects of the grown model; a source without any gets megatron-core's empty ones, without which it does
-    not load."""
-    if not isinstance(origin.source, DistCheckpoint):
-        return fresh_objects(origin.geometry.model_copy(update={"num_layers": len(layers)}))
-    objects: dict[str, bytes] = {}
-    for key in origin.source.object_keys():
-        content = origin.source.read_object(key)
-        for name in object_targets(key, layers):
-            objects[_per_layer(name)] = content
-    return objects
+def grown_objects(origin: Origin, layers: Sequence[int]) -> dict[str, bytes]:
+    """The byte objects of the grown model, under the names that written checkpoints have."""
+    objects = origin.objects()
+    return {_per_layer(name): content for key, content in objects.items() for name in object_targets(key, layers)}
 
 
 def _per_layer(name: str) -> str:

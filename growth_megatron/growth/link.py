@@ -15,7 +15,6 @@ import dataclasses
 import io
 import logging
 import pickle
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from growth_megatron.checkpoint.folder.commit import begin_folder, check_target, commit_folder
+from growth_megatron.checkpoint.folder.commit import begin_folder, commit_folder
 from growth_megatron.checkpoint.folder.files import FileOperations
-from growth_megatron.checkpoint.folder.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-)
+from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
+from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, same_file_system
+from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME, METADATA_NAME, DistCheckpoint, is_stacked
-from growth_megatron.checkpoint.torch_dist.writer import saved
+from growth_megatron.checkpoint.torch_dist.writer import FORMAT, FORMAT_NAME, saved
 from growth_megatron.errors import CheckpointError
 from growth_megatron.growth.lineage import object_targets
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule
@@ -46,6 +44,22 @@ from growth_megatron.model.architecture import LAYER_PREFIX
 from growth_megatron.model.tensors import MOMENT_PREFIXES, split_state_key
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkPlan:
+    """A grown checkpoint over its source's data files.
+
+    Attributes:
+        metadata: content of its ``.metadata``.
+        data_files: those of the source that it shares.
+        zeros_name, zeros: name and content of a data file of its own; empty where it needs none.
+    """
+
+    metadata: bytes
+    data_files: Mapping[str, FileEntry]
+    zeros_name: str
+    zeros: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,55 +83,53 @@ def can_link(plan: GrowthPlan, stored: Metadata) -> bool:
     return plan.is_selection and layers_apart
 
 
-def link_checkpoint(
-    source: DistCheckpoint,
-    held: Manifest,
-    target: Path,
-    plan: GrowthPlan,
-    policy: OptimizerState,
-    grown: Manifest,
-    common: Mapping[str, Any],
-    files: FileOperations,
-) -> Linked:
-    """Write the checkpoint ``target`` over the files of ``source``; atomic, and safe to repeat after a kill.
-
-    Args:
-        held: the source's manifest. grown, common: the target's, as ``growth.lineage`` gives them.
+def plan_links(
+    source: DistCheckpoint, held: Mapping[str, FileEntry], plan: GrowthPlan, policy: OptimizerState
+) -> LinkPlan:
+    """What a growth by links is to write and to share; ``held`` are the files of the source's manifest.
 
     Raises:
-        CheckpointError: the manifest lacks a data file, or copying instead of linking has no room.
+        CheckpointError: the manifest lacks a data file.
     """
-    zeros = Zeros(taken=held.files)
+    zeros = Zeros(taken=held)
     metadata = grown_metadata(source.metadata, plan, policy, zeros)
-    data_names = {info.relative_path for info in metadata.storage_data.values()} - {zeros.name}
-    kept = {name: entry for name, entry in held.files.items() if name in data_names}
-    if unknown := sorted(data_names - kept.keys()):
+    names = {info.relative_path for info in metadata.storage_data.values()} - {zeros.name}
+    kept = {name: entry for name, entry in held.items() if name in names}
+    if unknown := sorted(names - kept.keys()):
         raise CheckpointError(f"cannot grow {source.path}: its manifest lacks {unknown[0]}, which holds tensors")
+    return LinkPlan(pickle.dumps(metadata), kept, zeros.name, zeros.content)
 
-    data_bytes = sum(entry.size_bytes for entry in kept.values())
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    if not same_file_system(source.path, existing):
-        _check_room(source.path, existing, data_bytes)
+
+def link_checkpoint(
+    origin: Origin, links: LinkPlan, target: Path, grown: Manifest, common: Mapping[str, Any], files: FileOperations
+) -> Linked:
+    """Write the checkpoint ``target`` over the files of ``origin``; atomic, and safe to repeat after a kill.
+
+    Args:
+        grown, common: the target's, as ``growth.lineage`` gives them.
+
+    Raises:
+        CheckpointError: the target exists, or copying instead of linking has no room.
+    """
+    check_replaceable(target)
+    data_bytes = sum(entry.size_bytes for entry in links.data_files.values())
+    if not same_file_system(origin.path, target):
+        _check_room(origin.path, target, data_bytes)
     folder = begin_folder(target, files)
-    was_copied = _link_or_copy(source.path, folder, kept, files)
-    if zeros.content:
-        files.write(folder / zeros.name, zeros.content)
-    for name in other_files(held):
-        files.copy(source.path / name, folder / name)
+    was_copied = _link_or_copy(origin.path, folder, target, links.data_files, files)
+    if links.zeros:
+        files.write(folder / links.zeros_name, links.zeros)
+    for name in origin.extra_files():
+        files.copy(origin.path / name, folder / name)
+    files.write(folder / FORMAT_NAME, FORMAT)
     files.write(folder / COMMON_NAME, saved(dict(common)))
-    files.write(folder / METADATA_NAME, pickle.dumps(metadata))
-    check_target(target)  # again: copying may have taken its time, and the commit replaces what stands there
-    complete = commit_folder(target, grown, files, checksums=kept)
+    files.write(folder / METADATA_NAME, links.metadata)
+    check_replaceable(target)  # again: copying may have taken its time, and the commit replaces what stands there
+    complete = commit_folder(target, grown, files, checksums=links.data_files)
 
     linked = 0 if was_copied else data_bytes
     written = complete.total_bytes - linked + (target / MANIFEST_NAME).stat().st_size
     return Linked(complete, written, linked, data_bytes - linked)
-
-
-def other_files(manifest: Manifest) -> list[str]:
-    """Files that go on as they are: megatron-core's ``metadata.json``, the run's configuration."""
-    rewritten = {METADATA_NAME, COMMON_NAME}
-    return [name for name in manifest.files if name not in rewritten and not name.endswith(".distcp")]
 
 
 def grown_metadata(source: Metadata, plan: GrowthPlan, policy: OptimizerState, zeros: Zeros) -> Metadata:
@@ -221,35 +233,27 @@ def _add_restacked(
     grown.state_dict_metadata[key] = dataclasses.replace(stored, size=size, chunks=chunks)
 
 
-def same_file_system(one: Path, other: Path) -> bool:
-    """Whether files can be shared by links, as far as the device tells."""
-    return one.stat().st_dev == other.stat().st_dev
-
-
 def _check_room(source: Path, target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target).free
-    if needed > free:
-        raise CheckpointError(
-            f"{source} and {target} cannot share files by hard links (two file systems?), and copying needs "
-            f"{needed} bytes where {free} are free; choose a target on the source's file system"
-        )
+    check_room(target, needed, f" to copy the files of {source}, which cannot be linked there (two file systems?),")
 
 
-def _link_or_copy(source: Path, folder: Path, names: Collection[str], files: FileOperations) -> bool:
+def _link_or_copy(
+    source: Path, folder: Path, target: Path, entries: Mapping[str, FileEntry], files: FileOperations
+) -> bool:
     """Give ``folder`` the source's data files; True if they had to be copied."""
-    for name in names:
+    for name in entries:
         files.make_directory((folder / name).parent)
-    if all(files.link(source / name, folder / name) for name in names):
+    if all(files.link(source / name, folder / name) for name in entries):
         return False
-    needed = sum((source / name).stat().st_size for name in names)
-    _check_room(source, folder.parent, needed)
+    needed = sum(entry.size_bytes for entry in entries.values())
+    _check_room(source, target, needed)
     _LOG.warning(
         "%s and %s cannot share files by hard links (two file systems?): copying %.3g GB",
         source,
         folder.parent,
         needed / 1e9,
     )
-    for name in names:
+    for name in entries:
         if not (folder / name).exists():
             files.copy(source / name, folder / name)
     return True

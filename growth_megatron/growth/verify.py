@@ -2,7 +2,7 @@
 
 Owns: the comparison of a grown checkpoint with its source seen through the recorded plan, bit by bit; the comparison of
 both functions where the plan keeps the function.
-Does not own: the state of the files (``checkpoint.describe``), the plan (``growth.plan``), the forward pass
+Does not own: the state of the files (``checkpoint.verify``), the plan (``growth.plan``), the forward pass
 (``model.reference``).
 
 A checkpoint can be compared only as the growth left it: later ones have trained on. The source is the recorded one if
@@ -12,19 +12,17 @@ its identity is still the recorded one, or else a checkpoint of its name beside 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.describe import Check, Outcome, verify_files
-from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, read_manifest, validate_checkpoint
-from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
-from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.interchange import LocatedSource
+from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, read_manifest
+from growth_megatron.checkpoint.origin import Origin, find_origin
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.checkpoint.verify import Check, Outcome, verify_files
+from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.growth.lineage import grown_multipliers
 from growth_megatron.growth.plan import plan_of_record
@@ -51,28 +49,6 @@ _STRIPS = 4
 _BLOCK_ELEMENTS = 1 << 20
 _NAMED = 3
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def verify(path: Path, *, full: bool, as_json: bool) -> None:
-    """Check and print: a line for each check as it ends, or one JSON object.
-
-    Raises:
-        CheckpointError: something failed; after the last line.
-    """
-    checks: list[Check] = []
-    error: CheckpointError | None = None
-    try:
-        for check in verify_checkpoints(path, full):
-            checks.append(check)
-            if not as_json:
-                print(check.line, flush=True)
-    except CheckpointError as failure:
-        error = failure
-    if as_json:
-        answer = {"ok": error is None, "error": error and str(error), "checks": [check.as_dict() for check in checks]}
-        print(json.dumps(answer, indent=1))
-    if error is not None:
-        raise error
 
 
 def verify_checkpoints(path: Path, full: bool = False) -> Iterator[Check]:
@@ -123,9 +99,9 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
     yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}")
     target = DistCheckpoint(checkpoint)
     for subject, compare in (
-        ("tensors", lambda: _compare_tensors(origin.source, target, plan, record.optimizer_state, full)),
+        ("tensors", lambda: _compare_tensors(origin.tensors, target, plan, record.optimizer_state, full)),
         ("optimizer", lambda: _compare_optimizer(origin, target, manifest, plan)),
-        ("logits", lambda: _compare_logits(origin.source, target, plan)),
+        ("logits", lambda: _compare_logits(origin.tensors, target, plan)),
     ):
         try:
             outcome, text, figures = compare()
@@ -140,33 +116,26 @@ def _plan(record: GrowthRecord, manifest: Manifest) -> GrowthPlan:
     return plan_of_record(record)
 
 
-def _recorded_source(checkpoint: Path, record: GrowthRecord) -> LocatedSource | str:
+def _recorded_source(checkpoint: Path, record: GrowthRecord) -> Origin | str:
     """The source of a growth, or why it cannot be had."""
     recorded = Path(record.source)
     reasons = []
     for path in dict.fromkeys((recorded, checkpoint.resolve().parent / recorded.name)):
-        try:
-            origin, identity = _open_source(path)
-        except CheckpointError as error:
-            reasons.append(str(error))
+        if not path.is_dir():
+            reasons.append(f"the source {path} is no longer there")
             continue
-        if identity == record.source_manifest_sha256:
+        try:
+            origin = find_origin(path, metadata_alone=True)
+        except CheckpointError as error:
+            reasons.append(f"the source {path} is damaged: {error}")
+            continue
+        if (problem := origin.problem()) is not None:
+            reasons.append(f"the source {path} is damaged: {problem}")
+        elif origin.identity == record.source_manifest_sha256:
             return origin
-        reasons.append(f"{path} is another checkpoint now than it was at the growth")
+        else:
+            reasons.append(f"{path} is another checkpoint now than it was at the growth")
     return reasons[0]
-
-
-def _open_source(path: Path) -> tuple[LocatedSource, str]:
-    """A source and its identity. Raises CheckpointError if it is gone or damaged."""
-    if not path.is_dir():
-        raise CheckpointError(f"the source {path} is no longer there")
-    if (path / CONFIG_NAME).is_file():
-        folder = HuggingFaceCheckpoint(path)
-        return LocatedSource(path, folder, folder.geometry), folder.identity
-    if (reason := validate_checkpoint(path)) is not None:
-        raise CheckpointError(f"the source {path} is damaged: {reason}")
-    manifest = read_manifest(path)
-    return LocatedSource(path, DistCheckpoint(path), manifest.geometry, manifest), manifest.sha256
 
 
 def _compare_tensors(source: TensorSource, target: DistCheckpoint, plan: GrowthPlan, policy: str, full: bool) -> Result:
@@ -181,9 +150,8 @@ def _compare_tensors(source: TensorSource, target: DistCheckpoint, plan: GrowthP
         if key in stored and (difference := _first_difference(target, grown, key, full)):
             wrong.append(difference)
     if wrong:
-        rest = f" (and {len(wrong) - _NAMED} more)" if len(wrong) > _NAMED else ""
         count = f"{len(wrong)} of {len(expected)} tensors are not what the plan gives"
-        return "FAILED", f"{count}: {'; '.join(wrong[:_NAMED])}{rest}", {"wrong_tensors": len(wrong)}
+        return "FAILED", f"{count}: {listed(wrong, _NAMED)}", {"wrong_tensors": len(wrong)}
     states = len([key for key in expected if split_state_key(key)[0]])
     what = "every value" if full else f"some rows of each ({_STRIPS + 2} at most; all with --full)"
     text = f"{len(expected) - states} weights and {states} tensors of optimizer state equal the plan's: {what}"
@@ -221,16 +189,14 @@ def _sampled_rows(key: str, shape: tuple[int, ...]) -> Iterator[Region]:
         yield (slice(row, row + 1), *whole(shape[1:]))
 
 
-def _compare_optimizer(origin: LocatedSource, target: DistCheckpoint, manifest: Manifest, plan: GrowthPlan) -> Result:
+def _compare_optimizer(origin: Origin, target: DistCheckpoint, manifest: Manifest, plan: GrowthPlan) -> Result:
     """What the optimizer goes on with beside its tensors: Adam's step, and the multipliers of its settings."""
     policy = check_optimizer_state(manifest.lineage[-1].optimizer_state)
     if not _has_state(target):
         return "SKIPPED", "the checkpoint has no optimizer state", {}
-    before = {} if origin.manifest is None else origin.manifest.multipliers
-    if manifest.multipliers != grown_multipliers(before, plan, policy):
+    if manifest.multipliers != grown_multipliers(origin.manifest.multipliers, plan, policy):
         return "FAILED", "the multipliers of learning rate, weight decay and epsilon are not the plan's", {}
-    carried = policy != "reset" and origin.manifest is not None
-    wanted = set(_steps(read_common(origin.path))) if carried else {0.0}
+    wanted = set(_steps(origin.common())) if policy != "reset" else {0.0}
     found = set(_steps(read_common(target.path)))
     shown = ", ".join(f"{step:g}" for step in sorted(found)) or "not stored"
     if found != wanted:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.config.tables import columns
 from growth_megatron.config.units import count, duration, fixed, size
 from growth_megatron.errors import DataError, GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
@@ -147,7 +148,7 @@ def render_summary(summary: RunSummary) -> str:
                 duration(stage.seconds),
             )
         )
-    lines = [f"run {summary.directory}", "", *_table(rows), ""]
+    lines = [f"run {summary.directory}", "", *columns(rows, right=range(2, 10)), ""]
     for growth in summary.growths:
         lines.append(
             f"growth at step {growth.step} ({count(growth.tokens)} tokens): {growth.operator}, "
@@ -239,15 +240,3 @@ def _geometries(directory: Path, names: Sequence[str], growths: Sequence[Record]
         if index + 1 < len(names):
             found[names[index + 1]] = record["target_geometry"]
     return found
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = {0, 1}
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

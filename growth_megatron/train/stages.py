@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.describe import describe_options, geometry_changes
 from growth_megatron.checkpoint.folder.manifest import Manifest, read_manifest, record_validation_losses
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
+from growth_megatron.config.lines import describe_options, geometry_changes
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import RunConfig

@@ -7,16 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from growth_megatron.checkpoint.describe import (
-    compact_layers,
-    describe_checkpoint,
-    describe_tensor,
-    geometry_changes,
-    growth_line,
-    locate_checkpoint,
-    render_description,
-    verify_files,
-)
 from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
     GrowthRecord,
@@ -24,6 +14,10 @@ from growth_megatron.checkpoint.folder.manifest import (
     record_validation_losses,
 )
 from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
+from growth_megatron.checkpoint.origin import find_origin
+from growth_megatron.checkpoint.verify import verify_files
+from growth_megatron.commands.inspect import describe_checkpoint, describe_tensor, growth_line, render_description
+from growth_megatron.config.lines import compact_layers, geometry_changes
 from growth_megatron.config.schema import ParallelConfig
 from growth_megatron.errors import CheckpointError, NothingValidError
 from growth_megatron.growth.execute import grow_checkpoint
@@ -197,7 +191,7 @@ def test_a_run_stands_for_its_newest_checkpoint(run: Path, name: str) -> None:
 def test_the_checkpoints_folder_is_known_from_within(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (run, run / "checkpoints"):
         monkeypatch.chdir(folder)
-        assert locate_checkpoint(Path(".")).path.resolve() == run / "checkpoints" / "step_00000030"
+        assert find_origin(".").path.resolve() == run / "checkpoints" / "step_00000030"
 
 
 def test_a_damaged_newest_one_is_passed_over_and_named(run: Path) -> None:
@@ -224,7 +218,7 @@ def test_what_is_no_checkpoint_says_so(run: Path, tmp_path: Path) -> None:
         tmp_path / "dangling": "points at .*gone, which does not exist",
         run / "checkpoints" / "step_00000030" / "common.pt": "is a file",
         tmp_path / "empty": "holds no checkpoint yet",
-        tmp_path: "manifest.json is missing",
+        tmp_path: "is neither a checkpoint or a run .* nor a Hugging Face folder",
     }
     for path, words in wrong.items():
         with pytest.raises(CheckpointError, match=words) as caught:

@@ -236,7 +236,7 @@ def test_wrong_targets_sources_and_too_little_space_are_refused_before_anything_
     with pytest.raises(CheckpointError, match="hidden_size 8 is not a multiple of num_attention_heads 3"):
         export_huggingface(_Constant(odd), odd, tmp_path / "b")
     monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
-    with pytest.raises(CheckpointError, match=r"b needs .* KiB but .* has 1.00 KiB left"):
+    with pytest.raises(CheckpointError, match=r"b needs .* KiB where 1.00 KiB are free"):
         export_huggingface(source, model, tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
 

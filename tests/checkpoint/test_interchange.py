@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from growth_megatron.__main__ import _parser, main
+from growth_megatron.__main__ import main, parser_for
 from growth_megatron.checkpoint.folder.manifest import read_manifest, validate_checkpoint
 from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights
-from growth_megatron.checkpoint.interchange import locate_source
+from growth_megatron.checkpoint.origin import find_origin
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.data.tokenizer import Tokenizer
@@ -248,34 +248,34 @@ def test_a_source_is_a_checkpoint_a_run_or_a_hugging_face_folder(tmp_path: Path)
     write_checkpoint(run / "checkpoints" / "step_00000100", model)
     (run / "latest").symlink_to("checkpoints/step_00000100")
     for path in (run, run / "latest", run / "checkpoints", run / "checkpoints" / "step_00000100"):
-        located = locate_source(str(path))
-        assert isinstance(located.source, DistCheckpoint)
+        located = find_origin(str(path))
+        assert isinstance(located.tensors, DistCheckpoint)
         assert (located.path.name, located.geometry) == ("step_00000100", model)
         assert located.manifest == read_manifest(located.path)
     for prefix in ("", "hf:"):
-        located = locate_source(f"{prefix}{tmp_path / 'hf'}")
-        assert isinstance(located.source, HuggingFaceCheckpoint)
-        assert (located.path, located.manifest) == (tmp_path / "hf", None)
-        assert located.geometry == located.source.geometry
+        located = find_origin(f"{prefix}{tmp_path / 'hf'}")
+        assert isinstance(located.tensors, HuggingFaceCheckpoint)
+        assert (located.path, located.is_of_a_run, located.manifest.step) == (tmp_path / "hf", False, 0)
+        assert located.geometry == located.tensors.geometry
 
 
 def test_a_source_that_is_both_or_neither_is_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "both", {})
     write_checkpoint(tmp_path / "both", geometry())
     with pytest.raises(CheckpointError, match=r"could be a checkpoint \(.metadata\) and a Hugging Face folder.*hf:"):
-        locate_source(str(tmp_path / "both"))
-    assert isinstance(locate_source(f"hf:{tmp_path / 'both'}").source, HuggingFaceCheckpoint)
+        find_origin(str(tmp_path / "both"))
+    assert isinstance(find_origin(f"hf:{tmp_path / 'both'}").tensors, HuggingFaceCheckpoint)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is neither a checkpoint or a run"):
-        locate_source(str(tmp_path / "empty"))
+        find_origin(str(tmp_path / "empty"))
     with pytest.raises(CheckpointError, match="does not exist"):
-        locate_source(str(tmp_path / "nothing"))
+        find_origin(str(tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="config.json is missing"):
-        locate_source(f"hf:{tmp_path / 'empty'}")
+        find_origin(f"hf:{tmp_path / 'empty'}")
     write_checkpoint(tmp_path / "damaged", geometry())
     (tmp_path / "damaged" / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match="__0_0.distcp is missing"):
-        locate_source(str(tmp_path / "damaged"))
+        find_origin(str(tmp_path / "damaged"))
 
 
 @pytest.mark.parametrize("command", ["import-hf", "export-hf"])
@@ -285,7 +285,8 @@ def test_help_has_examples_that_parse(command: str, capsys: Any) -> None:
     examples = [line.strip() for line in capsys.readouterr().out.split("examples:\n")[1].splitlines()]
     assert examples
     for example in examples:
-        options = _parser().parse_args(shlex.split(example)[1:])
+        arguments = shlex.split(example)[1:]
+        options = parser_for(arguments).parse_args(arguments)
         assert options.command == command
 
 

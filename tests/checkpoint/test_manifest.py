@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from growth_megatron.checkpoint.folder.manifest import (
     Manifest,
     checksum_files,
     list_files,
+    read_identified_manifest,
     read_manifest,
     record_validation_losses,
     validate_checkpoint,
@@ -51,19 +53,33 @@ def test_a_manifest_comes_back_as_written(
     folder = tmp_path_factory.mktemp("m")
     lineage = (_record(), _record().model_copy(update={"validation_loss_before": loss}))
     manifest = manifest_of(geometry(4), step, flops=flops, lineage=lineage)
-    write_manifest(folder, manifest)
-    assert read_manifest(folder) == manifest
-    assert read_manifest(folder).sha256 == manifest.sha256
+    identity = write_manifest(folder, manifest)
+    assert read_identified_manifest(folder) == (manifest, identity)
 
 
-def test_the_identity_covers_every_field() -> None:
+def test_the_identity_covers_every_field(tmp_path: Path) -> None:
     manifest = manifest_of(geometry(2))
     others = [
         manifest.model_copy(update={"step": 101}),
         manifest.model_copy(update={"lineage": (_record(),)}),
         manifest.model_copy(update={"geometry": geometry(3)}),
     ]
-    assert len({manifest.sha256, *(other.sha256 for other in others)}) == 4
+    assert len({write_manifest(tmp_path, each) for each in (manifest, *others)}) == 4
+
+
+def test_fields_that_came_later_do_not_change_the_identity(tmp_path: Path) -> None:
+    """As a manifest of an earlier version has it: without a field, or with null where a default is filled in now."""
+    write_manifest(tmp_path, manifest_of(geometry(2), lineage=(_record(),)))
+
+    def as_before(fields: dict[str, Any]) -> None:
+        del fields["validation_loss"]
+        fields["geometry"]["head_dim"] = None
+
+    _rewrite(tmp_path, as_before)
+    manifest, identity = read_identified_manifest(tmp_path)
+    assert identity == json.loads((tmp_path / "manifest.json").read_text())["manifest_sha256"]
+    assert (manifest.validation_loss, manifest.geometry.head_dim) == (None, 2)
+    assert write_manifest(tmp_path, manifest) != identity
 
 
 def _rewrite(folder: Path, change: Callable[[dict[str, object]], None], sign: bool = True) -> None:

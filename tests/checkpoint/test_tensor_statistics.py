@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from growth_megatron.checkpoint.describe import describe_tensor
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.commands import tensor_statistics as module
+from growth_megatron.commands.inspect import describe_tensor
 from growth_megatron.commands.tensor_statistics import render_tensor, tensor_statistics
 from growth_megatron.errors import CheckpointError
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint, write_distributed

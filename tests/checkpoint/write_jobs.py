@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from growth_megatron.checkpoint.folder.manifest import read_identified_manifest
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
 from growth_megatron.config.schema import ModelConfig
@@ -98,7 +99,7 @@ def _outcome(target: Path, source: ComputedSource) -> dict[str, Any]:
     except (GrowthMegatronError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}", "reads": source.reads}
     return {
-        "manifest": result.manifest.sha256,
+        "manifest": read_identified_manifest(result.path)[1],
         "written": result.bytes_written,
         "resumed": result.bytes_resumed,
         "reads": source.reads,

@@ -126,14 +126,14 @@ def test_a_field_other_than_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_progress_is_plain_lines_away_from_a_terminal(
     mixed: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("growth_megatron.data.progress.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("growth_megatron.config.progress_bar.LINE_INTERVAL_S", 0.0)
     stream = io.StringIO()
     prepare_data([mixed], tokenizer.path, tmp_path / "a", 1, progress_stream=stream)
     lines = stream.getvalue().splitlines()
     assert "documents," in lines[0]
-    assert "MB/s" in lines[0]
-    assert lines[-1].startswith("100%")
-    assert lines[-1].endswith("0:00:00 left")
+    assert "iB/s" in lines[0]
+    assert "(100 %)" in lines[-1]
+    assert lines[-1].endswith(", 0 s left")
 
 
 def test_progress_is_a_bar_on_a_terminal(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

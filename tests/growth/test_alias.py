@@ -15,6 +15,7 @@ from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import (
     checksum_files,
     list_files,
+    read_identified_manifest,
     read_manifest,
     validate_checkpoint,
     write_manifest,
@@ -165,12 +166,12 @@ def test_the_manifest_says_where_it_came_from(source: Path, tmp_path: Path, plan
     assert manifest.geometry == TARGET
     (record,) = manifest.lineage
     assert (record.operator, record.layers, record.optimizer_state, record.seed) == ("stack", LAYERS, "reset", 0)
-    assert (record.source, record.source_manifest_sha256) == (str(source), before.sha256)
+    assert (record.source, record.source_manifest_sha256) == (str(source), read_identified_manifest(source)[1])
     assert (record.source_geometry, record.target_geometry) == (SOURCE, TARGET)
     again = plan_depth(TARGET, geometry(6), stack_layers(5, 6))
     second = grow_checkpoint(tmp_path / "a", tmp_path / "b", again, "carry", stage=0, config_hash="other").manifest
     assert second.lineage[0] == record
-    assert second.lineage[1].source_manifest_sha256 == manifest.sha256
+    assert second.lineage[1].source_manifest_sha256 == read_identified_manifest(tmp_path / "a")[1]
     assert (second.stage, second.config_hash) == (0, "other")
 
 
@@ -215,7 +216,7 @@ def test_copying_needs_the_space_before_it_starts(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="copying needs .* bytes where 10 are free"):
+    with pytest.raises(CheckpointError, match="needs .* to copy the files of .* where 10 B are free"):
         grow_checkpoint(source, tmp_path / "target", plan, "carry", files=_OneFileSystemEach())
     assert not (tmp_path / "target").exists()
 
@@ -285,7 +286,7 @@ def test_a_damaged_source_is_refused_and_nothing_is_written(source: Path, tmp_pa
     before = set(tmp_path.iterdir())
     size = (source / ".metadata").stat().st_size
     (source / ".metadata").write_bytes((source / ".metadata").read_bytes()[: size // 2])
-    with pytest.raises(CheckpointError, match=r"cannot grow .*: \.metadata has"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*: \.metadata has"):
         grow_checkpoint(source, tmp_path / "target", plan, "carry")
     (source / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="manifest.json is missing"):

@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 
-from growth_megatron.checkpoint.describe import growth_line
 from growth_megatron.checkpoint.folder.manifest import (
     checksum_files,
     list_files,
@@ -24,8 +23,9 @@ from growth_megatron.checkpoint.folder.manifest import (
     write_manifest,
 )
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
-from growth_megatron.commands.grow import grow
+from growth_megatron.commands.growth import grow, plan_grow
 from growth_megatron.commands.growth_request import read_request
+from growth_megatron.commands.inspect import growth_line
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, GrowthError, GrowthMegatronError, NothingValidError
 from growth_megatron.growth.layers import parse_layers
 from tests.checkpoint.written import geometry, manifest_of, model_tensors, write_checkpoint, write_distributed
@@ -45,7 +45,10 @@ def _grow(source: Path, target: Path, *settings: str, **options: Any) -> None:
     request = read_request(
         options.pop("config", None), settings=settings, **{k: options.pop(k, v) for k, v in asked.items()}
     )
-    grow(str(source), str(target), request, **{"materialize": False, "dry_run": False, **options})
+    if options.pop("plan", False):
+        plan_grow(str(source), str(target), request, materialize=False, as_json=False)
+    else:
+        grow(str(source), str(target), request, **{"materialize": False, **options})
 
 
 def _refused(source: Path, target: Path, *settings: str, **options: Any) -> str:
@@ -98,15 +101,24 @@ def test_a_layer_list_says_the_depth_by_itself(
     assert f" {compact} (source layers" in capsys.readouterr().out
 
 
-def test_a_dry_run_says_the_same_and_writes_nothing(
+def test_a_plan_says_the_same_and_writes_nothing(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _grow(source, tmp_path / "deep" / "grown", "num_layers=6", dry_run=True)
-    dry = capsys.readouterr().out
+    _grow(source, tmp_path / "deep" / "grown", "num_layers=6", plan=True)
+    plan = capsys.readouterr().out
     assert not (tmp_path / "deep").exists()
     _grow(source, tmp_path / "deep" / "grown", "num_layers=6")
-    assert capsys.readouterr().out.startswith(dry.removesuffix("dry run: nothing was written\n"))
-    assert "dry run: nothing was written" in dry
+    forecast, tensors = plan.split("\n\n")
+    assert capsys.readouterr().out.startswith(forecast + "\n")
+    assert tensors.splitlines()[0].split() == ["count", "target", "shape", "source", "rule"]
+    assert tensors.endswith("nothing was written\n")
+
+
+def test_a_plan_reads_no_tensor(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in source.glob("*.distcp"):
+        file.unlink()
+    _grow(source, tmp_path / "grown", "num_layers=6", "hidden_size=16", plan=True)
+    assert "nothing was written" in capsys.readouterr().out
 
 
 def test_the_announced_bytes_are_about_those_written(
@@ -209,30 +221,33 @@ def test_a_fault_of_the_file_system_names_the_target(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "common.pt")
 
-    monkeypatch.setattr("growth_megatron.commands.grow.grow_checkpoint", full)
+    monkeypatch.setattr("growth_megatron.commands.growth.carry_out", full)
     with pytest.raises(CheckpointError, match="grown: No space left on device"):
         _grow(source, tmp_path / "grown", "num_layers=6")
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_source_that_cannot_be_grown_is_refused(source: Path, tmp_path: Path, dry_run: bool) -> None:
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_source_that_cannot_be_grown_is_refused(source: Path, tmp_path: Path, plan: bool) -> None:
     def refused(path: Path, **options: Any) -> str:
-        return _refused(path, tmp_path / "grown", "num_layers=6", dry_run=dry_run, **options)
+        return _refused(path, tmp_path / "grown", "num_layers=6", plan=plan, **options)
 
     assert "does not exist; give a checkpoint" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "is neither a checkpoint or a run" in refused(tmp_path / "empty")
-    data = source / "__0_1.distcp"
-    data.write_bytes(data.read_bytes()[:-1])
-    assert "__0_1.distcp has" in refused(source)
+    if not plan:  # which reads none of it
+        data = source / "__0_1.distcp"
+        data.write_bytes(data.read_bytes()[:-1])
+        assert "__0_1.distcp has" in refused(source)
+    (source / "manifest.json").write_text("{")
+    assert "manifest.json is not valid JSON" in refused(source)
 
 
 def test_carry_needs_optimizer_state(tmp_path: Path) -> None:
     bare = write_distributed(tmp_path / "bare", model_tensors(SOURCE, optimizer=False))
     files = checksum_files(bare, list_files(bare))
     write_manifest(bare, manifest_of(SOURCE).model_copy(update={"files": files, "has_optimizer_state": False}))
-    for dry_run in (True, False):
-        words = _refused(bare, tmp_path / "grown", "num_layers=6", optimizer_state="carry", dry_run=dry_run)
+    for plan in (True, False):
+        words = _refused(bare, tmp_path / "grown", "num_layers=6", optimizer_state="carry", plan=plan)
         assert "use reset" in words
     _grow(bare, tmp_path / "grown", "num_layers=6")
 
@@ -314,14 +329,16 @@ with exclusive(Path({target!r})):
 def test_a_growth_onto_another_file_system_is_planned_as_a_copy(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("commands.growth_forecast", "growth.link"):
-        monkeypatch.setattr(f"growth_megatron.{module}.same_file_system", lambda one, other: False)
-    _grow(source, tmp_path / "grown", "num_layers=6", dry_run=True)
+    for module in ("checked", "link"):
+        monkeypatch.setattr(f"growth_megatron.growth.{module}.same_file_system", lambda one, other: False)
+    _grow(source, tmp_path / "grown", "num_layers=6", plan=True)
     assert "two file systems, so data are copied, not linked" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    for dry_run in (True, False):
-        with pytest.raises(CheckpointError, match=r"needs .* where 1000 B are free; choose a target on another disk"):
-            _grow(source, tmp_path / "grown", "num_layers=6", dry_run=dry_run)
+    for plan in (True, False):
+        with pytest.raises(
+            CheckpointError, match=r"needs .* where 1000 B are free; .* choose a target on another disk"
+        ):
+            _grow(source, tmp_path / "grown", "num_layers=6", plan=plan)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

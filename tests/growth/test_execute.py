@@ -17,8 +17,9 @@ from growth_megatron.checkpoint.folder.manifest import (
     validate_checkpoint,
     write_manifest,
 )
-from growth_megatron.checkpoint.interchange import import_hf, locate_source
+from growth_megatron.checkpoint.origin import find_origin
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.commands.import_hf import import_hf
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.execute import grow_checkpoint
@@ -135,9 +136,9 @@ def test_multipliers_multiply_over_growths_and_end_with_a_reset(source: Path, tm
 def test_a_hugging_face_folder_grows_as_its_imported_checkpoint_does(source: Path, tmp_path: Path) -> None:
     from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 
-    located = locate_source(str(source))
-    export_huggingface(located.source, SOURCE, tmp_path / "hf", dtype=torch.float32, tokenizer=None)
-    folder = locate_source(f"hf:{tmp_path / 'hf'}")
+    located = find_origin(str(source))
+    export_huggingface(located.tensors, SOURCE, tmp_path / "hf", dtype=torch.float32, tokenizer=None)
+    folder = find_origin(f"hf:{tmp_path / 'hf'}")
     plan = plan_growth(
         folder.geometry, folder.geometry.model_copy(update={**WIDER, "num_layers": 4}), GrowthConfig(shares="uneven")
     )

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from growth_megatron.checkpoint.describe import Check
 from growth_megatron.checkpoint.folder.manifest import (
     GrowthRecord,
     checksum_files,
     list_files,
+    read_identified_manifest,
     read_manifest,
     write_manifest,
 )
-from growth_megatron.checkpoint.interchange import locate_source
+from growth_megatron.checkpoint.origin import find_origin
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.checkpoint.verify import Check
+from growth_megatron.commands.verify import verify
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import EXIT_USAGE, CheckpointError, NothingValidError
@@ -30,7 +32,7 @@ from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
-from growth_megatron.growth.verify import verify, verify_checkpoints
+from growth_megatron.growth.verify import verify_checkpoints
 from growth_megatron.growth.view import GrownSource
 from tests.checkpoint.huggingface_models import CASES, edit_json, write_llama
 from tests.checkpoint.written import extra_states, geometry, manifest_of, model_tensors, write_distributed
@@ -84,7 +86,7 @@ def _grown(
         optimizer_state=policy,
         step=100,
         source=str(source),
-        source_manifest_sha256=read_manifest(source).sha256,
+        source_manifest_sha256=read_identified_manifest(source)[1],
         source_geometry=MODEL,
         target_geometry=model,
         seed=3,
@@ -171,7 +173,7 @@ def test_what_a_growth_writes_passes(tmp_path: Path, growth: GrowthConfig, model
 def test_what_grew_from_a_hugging_face_folder_passes(tmp_path: Path, case: str) -> None:
     pytest.importorskip("transformers")
     write_llama(tmp_path / "folder", CASES[case])
-    source = locate_source(str(tmp_path / "folder"))
+    source = find_origin(str(tmp_path / "folder"))
     model = source.geometry.model_copy(update={"ffn_hidden_size": 120, "hidden_size": 96, "head_dim": 12})
     plan = plan_growth(source.geometry, model, GrowthConfig(operator="split"), seed=5)
     grow_checkpoint(source, tmp_path / "target", plan, "reset")

@@ -1,8 +1,9 @@
 """How a checkpoint folder comes into being: written under a temporary name, made durable, then renamed.
 
 Owns: the order of operations, such that after a kill between any two of them either the old state or the new one can be
-found; picking up what a kill left behind; what may stand where a checkpoint is to be written.
-Does not own: where checkpoints live in a run (``checkpoint.folder.run_directory``).
+found; picking up what a kill left behind.
+Does not own: where checkpoints live in a run (``checkpoint.folder.run_directory``), what may stand where one is to be
+written (``checkpoint.folder.target``).
 
 The order: data files, then ``manifest.json`` (so a temporary folder that holds a sound manifest is complete), then the
 rename. A folder that is being replaced steps aside under ``.trash_`` first; until the rename follows, the complete
@@ -22,7 +23,6 @@ from pathlib import Path
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
-    REQUIRED_FILES,
     FileEntry,
     Manifest,
     checksum_files,
@@ -75,19 +75,6 @@ def exclusive(final: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
-
-
-def check_target(final: Path) -> None:
-    """Raises CheckpointError if something stands at ``final`` that a new checkpoint must not replace."""
-    if not final.exists():
-        return
-    if not final.is_dir():
-        raise CheckpointError(f"{final} exists and is a file; choose another target")
-    if validate_checkpoint(final) is None:
-        raise CheckpointError(f"{final} exists and is a valid checkpoint; choose another target or remove it")
-    known = (MANIFEST_NAME, *REQUIRED_FILES)
-    if any(final.iterdir()) and not any((final / name).exists() for name in known):
-        raise CheckpointError(f"{final} exists and is not a checkpoint; choose another target")
 
 
 def begin_resumable(final: Path, keep: Collection[str], files: FileOperations) -> Path:

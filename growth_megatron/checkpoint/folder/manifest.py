@@ -14,12 +14,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from growth_megatron import __version__
 from growth_megatron.checkpoint.folder.files import PARTIAL_SUFFIX, FileOperations
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.config.section import NonNegativeFloat, NonNegativeInt
@@ -96,11 +96,7 @@ class Manifest(_Strict):
         {}, description="by model key with the layer number written *; absent: 1. What a carried width growth asks for"
     )
     lineage: tuple[GrowthRecord, ...] = ()
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the checkpoint: the sum of all fields, the files' sums included."""
-        return _sum_of_fields(self.model_dump(mode="json"))
+    validation_loss: float | None = Field(None, description="nats per token, where a validation was made at this step")
 
     @property
     def total_bytes(self) -> int:
@@ -108,26 +104,32 @@ class Manifest(_Strict):
 
 
 def library_version() -> str:
-    """Version of the installed package; ``unknown`` in a checkout that is not installed."""
-    try:
-        return package_metadata.version("growth-megatron")
-    except package_metadata.PackageNotFoundError:
-        return "unknown"
+    """Version of this library, as manifests and growth records name it."""
+    return __version__
 
 
-def write_manifest(folder: Path, manifest: Manifest, files: FileOperations | None = None) -> None:
-    """Write ``manifest.json`` atomically and durably."""
+def write_manifest(folder: Path, manifest: Manifest, files: FileOperations | None = None) -> str:
+    """Write ``manifest.json`` atomically and durably; returns the checkpoint's identity."""
     fields = manifest.model_dump(mode="json")
     fields[_OWN_SUM] = _sum_of_fields(fields)
     text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
     (files or FileOperations()).replace(folder / MANIFEST_NAME, text.encode())
+    return str(fields[_OWN_SUM])
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
+    """The manifest of a checkpoint folder. Raises: as ``read_identified_manifest``."""
+    return read_identified_manifest(folder)[0]
+
+
+def read_identified_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a checkpoint folder, and the checkpoint's identity.
+
+    The identity is the sum over the fields as they were written, which stands in the file: a later version of this
+    library, to which a manifest has more fields, finds the same one.
 
     Raises:
-        CheckpointError: missing, not JSON, of another format version, altered, or with wrong fields.
+        CheckpointError: missing, unreadable, not JSON, of another format version, altered, or with wrong fields.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -136,6 +138,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is missing: {folder} is no checkpoint of this library, or its save did not finish"
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged") from None
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
@@ -145,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
     if own_sum != _sum_of_fields(fields):
         raise CheckpointError(f"{path} does not match its own checksum; it is damaged or was edited")
     try:
-        return Manifest.model_validate_json(json.dumps(fields))
+        return Manifest.model_validate_json(json.dumps(fields)), str(own_sum)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -177,8 +181,11 @@ def validate_checkpoint(folder: Path, full: bool = False) -> str | None:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return str(error)
-    except OSError as error:
-        return f"{MANIFEST_NAME} cannot be read: {error.strerror}"
+    return file_problem(folder, manifest, full)
+
+
+def file_problem(folder: Path, manifest: Manifest, full: bool = False) -> str | None:
+    """As ``validate_checkpoint``, of a folder whose manifest has been read."""
     for name in REQUIRED_FILES:
         if name not in manifest.files:
             return f"{name} is not in the manifest"

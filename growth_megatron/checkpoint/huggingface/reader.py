@@ -20,6 +20,7 @@ import torch
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, geometry_of_config, read_config
 from growth_megatron.checkpoint.huggingface.layout import EMBEDDING, OUTPUT, huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
+from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.tensors import Region, TensorSpec, check_region, whole
@@ -29,7 +30,6 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _PICKLES = ("*.bin", "*.pth", "*.pt")
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # older releases stored what follows from the configuration
-_SHOWN = 4
 _COMPARED_ROWS = 1024
 
 
@@ -111,9 +111,9 @@ class HuggingFaceCheckpoint:
             present.remove(OUTPUT)
         problems = []
         if missing := [name for name in expected if name not in present]:
-            problems.append(f"lacks {_listed(missing)}")
+            problems.append(f"lacks {listed(missing, 4, ', ')}")
         if extra := sorted(present - expected.keys()):
-            problems.append(f"has {_listed(extra)}, which this model does not have")
+            problems.append(f"has {listed(extra, 4, ', ')}, which this model does not have")
         wrong = []
         for name in present & expected.keys():
             stored = self._stored(name)
@@ -122,7 +122,7 @@ class HuggingFaceCheckpoint:
             elif stored.shape != expected[name]:
                 wrong.append(f"{name} is {stored.shape}, {CONFIG_NAME} says {expected[name]}")
         if wrong:
-            problems.append(_listed(sorted(wrong), "; "))
+            problems.append(listed(sorted(wrong)))
         if problems:
             hint = "; is tie_word_embeddings missing in config.json?" if missing == [OUTPUT] else ""
             raise CheckpointError(
@@ -161,7 +161,7 @@ def _open_files(folder: Path) -> Mapping[str, SafetensorsFile]:
         raise _no_weights(folder)
     places = _read_index(index)
     if absent := sorted({name for name in places.values() if not (folder / name).is_file()}):
-        raise CheckpointError(f"{index} names {_listed(absent)}, not in the folder; fetch the missing files")
+        raise CheckpointError(f"{index} names {listed(absent, 4, ', ')}, not in the folder; fetch the missing files")
     files = {name: SafetensorsFile(folder / name) for name in sorted(set(places.values()))}
     if wrong := [name for name, place in places.items() if name not in files[place].tensors]:
         raise CheckpointError(f"{index} says that {wrong[0]} is in {places[wrong[0]]}, but it is not; fetch both again")
@@ -189,12 +189,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; fetch the model's safetensors files"
         )
     return CheckpointError(
-        f"{folder} holds its weights only as {_listed(pickles)}: pickles, which can run any code, are not read here. "
-        'Convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"{folder} holds its weights only as {listed(pickles, 4, ', ')}: pickles, which can run any code, are not "
+        'read here. Convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\""
     )
-
-
-def _listed(names: list[str], separator: str = ", ") -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return separator.join(names[:_SHOWN]) + rest

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +21,16 @@ import torch
 
 from growth_megatron.checkpoint.folder.commit import begin_folder, temporary_path
 from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.target import check_new, check_room
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, config_of_geometry
 from growth_megatron.checkpoint.huggingface.layout import huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.safetensors_file import FileLayout, lay_out, tensor_bytes
 from growth_megatron.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.config.units import format_bytes
+from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
-from growth_megatron.model.architecture import tensor_shapes
+from growth_megatron.model.architecture import EMBEDDING, tensor_shapes
 from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSource, TensorSpec
 
 SHARD_BYTES = 5_000_000_000
@@ -69,8 +68,7 @@ class ExportedWeights:
             if key in stored and tuple(source.spec(key).shape) != shape
         ]
         if wrong:
-            rest = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise CheckpointError(f"the source does not hold this model: {'; '.join(wrong[:4])}{rest}")
+            raise CheckpointError(f"the source does not hold this model: {listed(wrong)}")
         self._from = {
             key: MASTER_PREFIX + key if self._is_cast(key) and MASTER_PREFIX + key in stored else key
             for key in self._shapes
@@ -131,7 +129,10 @@ def export_huggingface(
     chosen = tokenizer_files(tokenizer, geometry)
     documents = _documents(weights, geometry, shards, chosen)
     total = sum(shard.size_bytes for shard in shards)
-    _check_target(target, total + sum(map(len, documents.values())))
+    check_new(target)
+    left = temporary_path(target)
+    reusable = sum(path.stat().st_size for path in left.iterdir() if path.is_file()) if left.is_dir() else 0
+    check_room(target, total + sum(map(len, documents.values())) - reusable)
     try:
         folder = begin_folder(target, files)
         try:
@@ -156,29 +157,11 @@ def export_huggingface(
     return ExportResult(
         path=target,
         files=tuple(sorted(path.name for path in written)),
-        dtype=weights.spec("embedding.word_embeddings.weight").dtype,
+        dtype=weights.spec(EMBEDDING.name).dtype,
         tokenizer=chosen.origin,
         bytes_written=sum(path.stat().st_size for path in written),
         seconds=time.monotonic() - started,
     )
-
-
-def _check_target(target: Path, needed_bytes: int) -> None:
-    """Raises CheckpointError unless the folder ``target`` can be made and ``needed_bytes`` fit beside it."""
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{target} exists; name a new folder, or remove it yourself")
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        what = "cannot be written to" if above.is_dir() else "is not a folder"
-        raise CheckpointError(f"cannot make {target}: {above} {what}; name another folder")
-    left = temporary_path(target)
-    free = shutil.disk_usage(above).free
-    free += sum(path.stat().st_size for path in left.iterdir() if path.is_file()) if left.is_dir() else 0
-    if needed_bytes > free:
-        raise CheckpointError(
-            f"{target} needs {format_bytes(needed_bytes)} but {above} has {format_bytes(free)} left; make room, or "
-            "name a folder on another file system"
-        )
 
 
 def plan_files(weights: TensorSource, geometry: ModelConfig, shard_bytes: int) -> list[FileLayout]:
@@ -205,7 +188,7 @@ def _documents(
     weights: ExportedWeights, geometry: ModelConfig, shards: Sequence[FileLayout], tokenizer: TokenizerFiles
 ) -> dict[str, bytes]:
     """The small files by name."""
-    dtype = weights.spec("embedding.word_embeddings.weight").dtype
+    dtype = weights.spec(EMBEDDING.name).dtype
     ids = tokenizer.ids
     generation = {"_from_model_config": True, "bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     documents = {

@@ -31,6 +31,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
 
 FORMAT: Mapping[str, Any] = MappingProxyType(
@@ -146,8 +147,7 @@ def _check_shapes(directory: Path, shards: Iterator[ShardedTensor]) -> None:
             here, there = tuple(shard.global_shape), tuple(stored.spec(shard.key).shape)
             wrong.append(f"{shard.key}: the model has {here}, the checkpoint {there}")
     if wrong:
-        rest = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise CheckpointError(
-            f"{directory} does not hold this model: {'; '.join(wrong[:5])}{rest}. "
+            f"{directory} does not hold this model: {listed(wrong)}. "
             "Set model: to the checkpoint's geometry (growth-megatron inspect), or grow it with growth-megatron grow."
         )

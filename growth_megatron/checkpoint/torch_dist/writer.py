@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import threading
 import time
 import warnings
@@ -30,12 +29,12 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from growth_megatron.checkpoint.folder.commit import (
     UNFINISHED_FOLDER,
     begin_resumable,
-    check_target,
     commit_folder,
     temporary_path,
 )
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
+from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, free_bytes
 from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner, is_constant, plan_items
 from growth_megatron.checkpoint.torch_dist.data_files import (
     FinishedFile,
@@ -48,8 +47,7 @@ from growth_megatron.checkpoint.torch_dist.data_files import (
     sound_files,
 )
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
-from growth_megatron.config.units import format_bytes
-from growth_megatron.errors import CheckpointError, GrowthError, GrowthMegatronError
+from growth_megatron.errors import GrowthError, GrowthMegatronError
 from growth_megatron.model.tensors import TensorSource
 from growth_megatron.parallel.collectives import all_gather, on_all_ranks, on_rank_zero, rank, world_size
 
@@ -121,7 +119,7 @@ def write_checkpoint(
     """
     started = time.perf_counter()
     files, objects = files or FileOperations(), objects or {}
-    on_rank_zero(lambda: check_target(target))
+    on_rank_zero(lambda: check_replaceable(target))
     items = on_all_ranks(lambda: plan_items(source, objects, chunk_bytes))
     kept = _sound_attempt(target, fingerprint, items)
     done = {index for file in kept.values() for index in file.items}
@@ -158,7 +156,7 @@ def _commit(
     for name, content in small.items():
         files.make_directory((temporary / name).parent)
         files.write(temporary / name, content)
-    check_target(target)  # again: writing takes its time, and the commit replaces what stands there
+    check_replaceable(target)  # again: writing takes its time, and the commit replaces what stands there
     return commit_folder(target, manifest, files, entries)
 
 
@@ -178,17 +176,11 @@ def _begin(
     temporary = temporary_path(target)
     if not kept and temporary.exists():
         files.remove_tree(temporary)  # before the room is measured
-    existing = next(folder for folder in temporary.parents if folder.exists())
-    free = shutil.disk_usage(existing).free
     needed = sum(item_bytes(item) + _ITEM_OVERHEAD_BYTES for item in left)
-    if needed > free:
+    if needed > free_bytes(target):
         constant = _constant_keys(source, left)
         needed = sum((item_bytes(i) if i.index.fqn not in constant else 0) + _ITEM_OVERHEAD_BYTES for i in left)
-    if needed > free:
-        raise CheckpointError(
-            f"{target} needs {format_bytes(needed)} more ({needed} bytes) where {format_bytes(free)} are free; free "
-            "some space, or choose a target on another disk"
-        )
+    check_room(target, needed, " more")
     return begin_resumable(target, kept.keys(), files)
 
 

@@ -1,0 +1,94 @@
+"""``growth-megatron export-hf``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from growth_megatron.checkpoint.folder.commit import exclusive
+from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
+from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
+from growth_megatron.checkpoint.origin import Origin, find_origin
+from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.config.lines import model_line
+from growth_megatron.config.progress_bar import bytes_progress
+from growth_megatron.config.units import format_bytes
+from growth_megatron.errors import EXIT_OK, CheckpointError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = add_command(
+        subparsers,
+        "export-hf",
+        "growth-megatron export-hf runs/quickstart/latest models/quickstart --verify",
+        "growth-megatron export-hf runs/a models/a --dtype bfloat16 --tokenizer data/tokenizer.model",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest or a run directory")
+    parser.add_argument("target", metavar="DIR", help="folder to be made")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="SentencePiece model or Hugging Face folder; default: the run's own"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare logits and token ids with transformers")
+
+
+def run(options: argparse.Namespace) -> int:
+    tokenizer = Path(options.tokenizer) if options.tokenizer else None
+    target = Path(options.target)
+    export_hf(options.checkpoint, target, dtype=options.dtype, tokenizer=tokenizer, verify=options.verify)
+    return EXIT_OK
+
+
+def export_hf(
+    checkpoint: str, target: Path, *, dtype: str | None = None, tokenizer: Path | None = None, verify: bool = False
+) -> None:
+    """Write a checkpoint (or the newest valid one of a run) as the new Hugging Face folder ``target``.
+
+    Args:
+        dtype: one of ``DTYPES``; default: as stored.
+        tokenizer: SentencePiece model or Hugging Face folder; default: the one that the run was configured with.
+        verify: load the result with transformers and compare logits and token ids.
+
+    Raises:
+        CheckpointError: no such checkpoint, the target exists or cannot be written, or the result is not the same.
+    """
+    if verify:
+        huggingface_verify.require_transformers()
+    origin = find_origin(checkpoint)
+    for skipped in origin.skipped:
+        print(f"passed over: {skipped.path}: {skipped.reason}")
+    print(f"source     {origin.path}\n           {model_line(origin.geometry)}", flush=True)
+    if tokenizer is None:
+        tokenizer, note = origin.tokenizer()
+        note += "; give --tokenizer" if tokenizer is None else ""
+    elif not tokenizer.exists():
+        raise CheckpointError(f"--tokenizer {tokenizer} does not exist; correct the path")
+    else:
+        note = str(tokenizer)
+    print(f"tokenizer  {note}", flush=True)
+    wanted = DTYPES[dtype] if dtype else None
+    with exclusive(target), bytes_progress(f"exporting {target.name}") as progress:
+        result = export_huggingface(
+            origin.tensors, origin.geometry, target, dtype=wanted, tokenizer=tokenizer, progress=progress
+        )
+    kind = str(result.dtype).removeprefix("torch.")
+    print(
+        f"exported {target} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} in "
+        f"{len(result.files)} files, {kind}",
+        flush=True,
+    )
+    if verify:
+        _verify(origin, target, wanted, tokenizer)
+
+
+def _verify(origin: Origin, target: Path, dtype: torch.dtype | None, tokenizer: Path | None) -> None:
+    weights = ExportedWeights(origin.tensors, origin.geometry, dtype)
+    difference = huggingface_verify.check_logits(target, weights, origin.geometry)
+    print(f"logits: transformers and this library differ by {difference:.1e} of the largest (float32)")
+    if tokenizer is not None and tokenizer.is_file():
+        count = huggingface_verify.check_tokenizer(target, tokenizer)
+        print(f"tokenizer: the same ids for {count} of {count} texts")

@@ -1,0 +1,36 @@
+"""What the parsers of the subcommands share. Owns: the form of a subcommand's help."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from growth_megatron.commands import COMMANDS
+
+Subparsers = Any  # what add_subparsers returns; argparse keeps its class to itself
+
+
+def add_command(subparsers: Subparsers, name: str, *examples: str) -> argparse.ArgumentParser:
+    """The parser of subcommand ``name``, with its text and ``examples`` in its help."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=COMMANDS[name],
+        description=COMMANDS[name],
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """The arguments ``CONFIG.yaml [a.b=c ...]``."""
+    parser.add_argument("config", metavar="CONFIG.yaml", **options)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values in YAML; a stage by name or number")
+
+
+def add_text_inputs(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the subcommands that read text."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders")
+    parser.add_argument("--output", required=True, metavar="PATH", help="file or prefix to be written")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="of .jsonl; default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")

@@ -1,0 +1,47 @@
+"""``growth-megatron plan``: needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from growth_megatron.commands.parsing import Subparsers, add_command, add_config
+from growth_megatron.commands.plan_tables import print_plan
+from growth_megatron.errors import EXIT_OK
+from growth_megatron.growth.configuration import load_config
+from growth_megatron.train.plan import plan_run, plan_to_dict
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = add_command(
+        subparsers,
+        "plan",
+        "growth-megatron plan configs/experiments/gstack_7b.yaml --gpus 64",
+        "growth-megatron plan configs/quickstart.yaml --json",
+    )
+    add_config(parser, type=_config)
+    parser.add_argument(
+        "--gpus", "--world-size", dest="world_size", type=int, metavar="N",
+        help="ranks; default: the smallest the layout allows",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="machine-readable, sizes in bytes")
+
+
+def run(options: argparse.Namespace) -> int:
+    plan = plan_run(load_config(options.config, options.overrides).config, options.world_size)
+    if options.json:
+        print(json.dumps(plan_to_dict(plan), indent=1))
+    else:
+        print_plan(plan, Console())
+    return EXIT_OK
+
+
+def _config(text: str) -> str:
+    if text == "grow" and not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            "there is no file 'grow'; what a growth would do and cost says: growth-megatron grow SOURCE [TARGET] --plan"
+        )
+    return text

@@ -1,0 +1,26 @@
+"""``growth-megatron train``."""
+
+from __future__ import annotations
+
+import argparse
+
+from growth_megatron.commands.parsing import Subparsers, add_command, add_config
+from growth_megatron.growth.configuration import load_config
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = add_command(
+        subparsers,
+        "train",
+        "growth-megatron train configs/quickstart.yaml",
+        "torchrun --nproc-per-node 8 -m growth_megatron train configs/experiments/gstack_1b.yaml",
+        "growth-megatron train configs/quickstart.yaml run.directory=runs/b stages.base.training.steps=50",
+    )
+    add_config(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    loaded = load_config(options.config, options.overrides)
+    from growth_megatron.train.stages import train  # seconds of imports, which a wrong configuration need not wait for
+
+    return train(loaded)
