@@ -41,7 +41,7 @@ from growth_megatron.errors import CheckpointError
 from growth_megatron.growth.lineage import object_targets
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule
 from growth_megatron.model.architecture import LAYER_PREFIX
-from growth_megatron.model.tensors import MOMENT_PREFIXES, split_state_key
+from growth_megatron.model.tensors import MOMENT_PREFIXES, constant, split_state_key
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Zeros:
         """Where a zero tensor of this type and shape lies."""
         if (dtype, sizes) not in self._slices:
             one = io.BytesIO()
-            torch.save(torch.zeros(1, dtype=dtype).as_strided(sizes, [0] * len(sizes)), one)
+            torch.save(constant(torch.zeros((), dtype=dtype), sizes), one)
             offset = self._content.tell()
             self._content.write(one.getvalue())
             self._slices[dtype, sizes] = _StorageInfo(self.name, offset, len(one.getvalue()))

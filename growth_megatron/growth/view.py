@@ -9,8 +9,7 @@ Everything is computed in float32 (float64 from a float64 source) and rounded on
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -27,6 +26,8 @@ from growth_megatron.model.tensors import (
     TensorSource,
     TensorSpec,
     check_region,
+    constant,
+    region_shape,
     split_state_key,
 )
 from growth_megatron.parallel.counter_rng import normal_rows
@@ -50,7 +51,6 @@ class GrownSource:
         self._dtypes = {split_state_key(key)[0]: source.spec(key).dtype for key in keys}
         self._rules = {prefix + rule.target: (prefix, rule) for prefix in self._dtypes for rule in plan.rules}
         self._init = InitSource(plan.target_geometry, plan.seed)
-        self._last = threading.local()
 
     def keys(self) -> list[str]:
         return list(self._rules)
@@ -61,23 +61,31 @@ class GrownSource:
         return TensorSpec(rule.shape, dtype)
 
     def read(self, key: str, region: Region) -> torch.Tensor:
+        """The values of ``region``, of its shape; zeros that no value is computed for are a constant."""
         prefix, rule = self._rule(key)
-        spec = self.spec(key)
-        check_region(key, spec.shape, region)
-        if rule.fill == "zeros" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(self._policy)):
-            return torch.zeros((), dtype=spec.dtype).expand([part.stop - part.start for part in region])
-        if rule.is_selection:
-            return self._source.read(f"{prefix}{rule.source}", region)
-        if prefix in MOMENT_PREFIXES:
-            return self._moment(rule, prefix, region).to(spec.dtype)
-        return self._weight(rule, prefix, region).to(spec.dtype)
+        (values,) = self.read_state(rule.target, region, (prefix,))
+        return values
+
+    def read_state(self, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
+        """A computed weight and its master are rounded from the same values, which are computed once."""
+        computed: torch.Tensor | None = None
+        for prefix in prefixes:
+            _, rule = self._rule(prefix + name)
+            spec = self.spec(prefix + name)
+            check_region(prefix + name, spec.shape, region)
+            if rule.fill == "zeros" or (prefix in MOMENT_PREFIXES and not rule.keeps_moments(self._policy)):
+                yield constant(torch.zeros((), dtype=spec.dtype), region_shape(region))
+            elif rule.is_selection:
+                yield self._source.read(f"{prefix}{rule.source}", region)
+            elif prefix in MOMENT_PREFIXES:
+                yield self._moment(rule, prefix, region).to(spec.dtype)
+            else:
+                computed = self._weight(rule, prefix, region) if computed is None else computed
+                yield computed.to(spec.dtype)
 
     def _weight(self, rule: TensorRule, prefix: str, region: Region) -> torch.Tensor:
-        """The float32 (float64) value that both the weight and its master are rounded from."""
+        """The float32 (float64) values that both the weight and its master are rounded from."""
         origin = MASTER_PREFIX if MASTER_PREFIX in self._dtypes else prefix
-        asked = (rule.target, origin, tuple((part.start, part.stop) for part in region))
-        if getattr(self._last, "asked", None) == asked:
-            return self._last.value  # type: ignore[no-any-return]
         if rule.source is None:
             value = self._init.read(rule.target, region)
         else:
@@ -85,8 +93,6 @@ class GrownSource:
             self._fill_new(value, rule, region)
             if rule.noise is not None:
                 _add_noise(value, rule, rule.noise, self.plan.seed, region)
-        # A checkpoint's writer asks for a weight and its master one after the other.
-        self._last.asked, self._last.value = asked, value
         return value
 
     def _moment(self, rule: TensorRule, prefix: str, region: Region) -> torch.Tensor:

@@ -8,10 +8,9 @@ Does not own: which tensors a model has (``model.architecture``), any file (``ch
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -61,45 +60,84 @@ def whole(shape: tuple[int, ...]) -> Region:
     return tuple(slice(0, size) for size in shape)
 
 
-_LATEST_ELEMENTS = 1 << 23
+@runtime_checkable
+class StateSource(Protocol):
+    """A source that computes a weight and its optimizer state from values that they share."""
+
+    def read_state(self, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
+        """As ``read_state`` below."""
+        ...
+
+
+def read_state(source: TensorSource, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
+    """``region`` of the tensors ``PREFIX + name`` of a source, one after the other, in the order of ``prefixes``.
+
+    What a weight and its master are both computed from is computed once; each tensor can go before the next is read.
+    """
+    if isinstance(source, StateSource):
+        yield from source.read_state(name, region, prefixes)
+    else:
+        yield from (source.read(prefix + name, region) for prefix in prefixes)
 
 
 class WithFreshOptimizer:
     """A source of weights that also has the optimizer state of a first step.
 
-    Masters are the weights in float32. Both moments are zeros with stride 0, which cost nothing in memory and,
-    written as they are, nothing on the disk.
+    Masters are the weights in float32. Both moments are zeros, constants that cost nothing in memory or on the disk.
     """
 
     def __init__(self, weights: TensorSource) -> None:
         """Raises CheckpointError if the source has optimizer state already."""
         self._weights = weights
-        self._latest = threading.local()
         for key in weights.keys():
             if split_state_key(key)[0]:
                 raise CheckpointError(f"the source has optimizer state already ({key}); take its weights alone")
 
     def keys(self) -> list[str]:
+        """Those of the weights, under every prefix."""
         return [prefix + key for prefix in STATE_PREFIXES for key in self._weights.keys()]
 
     def spec(self, key: str) -> TensorSpec:
+        """The weight's, float32 for its state."""
         prefix, name = split_state_key(key)
         spec = self._weights.spec(name)
         return TensorSpec(spec.shape, torch.float32) if prefix else spec
 
     def read(self, key: str, region: Region) -> torch.Tensor:
+        """The values of ``region``, of its shape."""
         prefix, name = split_state_key(key)
-        if prefix in MOMENT_PREFIXES:
-            check_region(key, self.spec(key).shape, region)
-            return torch.zeros(()).expand([part.stop - part.start for part in region])
-        # A writer asks for the master of some rows right after the weights: those are not computed twice.
-        wanted = (name, tuple((part.start, part.stop) for part in region))
-        known, values = getattr(self._latest, "read", (None, None))
-        if known != wanted or values is None:
-            values = self._weights.read(name, region)
-        is_small = values.numel() <= _LATEST_ELEMENTS
-        self._latest.read = (None, None) if prefix or not is_small else (wanted, values)
-        return values.to(torch.float32, copy=True) if prefix else values
+        (values,) = self.read_state(name, region, (prefix,))
+        return values
+
+    def read_state(self, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
+        """The weights are read once for themselves and their master."""
+        weights: torch.Tensor | None = None
+        for prefix in prefixes:
+            if prefix in MOMENT_PREFIXES:
+                check_region(prefix + name, self.spec(name).shape, region)
+                yield constant(torch.zeros(()), region_shape(region))
+                continue
+            if weights is None:
+                weights = self._weights.read(name, region)
+            yield weights.to(torch.float32, copy=True) if prefix else weights
+
+
+def region_shape(region: Region) -> list[int]:
+    """Shape of the values of a region."""
+    return [part.stop - part.start for part in region]
+
+
+def constant(element: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of ``shape`` in which one element in memory, of shape (), stands for all: its strides are 0.
+
+    Moments that are zero are kept like that everywhere, also in files, where torch.save writes the one element.
+    """
+    return element.expand(*shape)
+
+
+def is_constant(values: torch.Tensor) -> bool:
+    """Whether one element in memory stands for all."""
+    return values.numel() > 1 and not any(s for n, s in zip(values.shape, values.stride(), strict=True) if n > 1)
 
 
 def check_region(key: str, shape: tuple[int, ...], region: Region) -> None:

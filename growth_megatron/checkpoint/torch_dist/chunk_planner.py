@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,15 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from growth_megatron.errors import CheckpointError, GrowthError
-from growth_megatron.model.tensors import STATE_PREFIXES, Region, TensorSource, split_state_key
+from growth_megatron.model.tensors import (
+    STATE_PREFIXES,
+    Region,
+    TensorSource,
+    constant,
+    is_constant,
+    read_state,
+    split_state_key,
+)
 
 
 def plan_items(source: TensorSource, objects: Mapping[str, bytes], chunk_bytes: int) -> list[WriteItem]:
@@ -124,15 +132,29 @@ class ChunkPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        key, data = write_item.index.fqn, write_item.tensor_data
-        if data is None:
-            return io.BytesIO(self._objects[key])
-        offsets, sizes = data.chunk.offsets, data.chunk.sizes
-        region = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-        values = self._source.read(key, region).detach()
-        if values.shape != sizes or values.dtype != data.properties.dtype:
+        """The content of one item."""
+        ((_, data),) = self.resolve_group([write_item])
+        return data
+
+    def resolve_group(self, group: Sequence[WriteItem]) -> Iterator[tuple[WriteItem, torch.Tensor | io.BytesIO]]:
+        """Content of items that are one object, or the same rows of a weight and of its optimizer state."""
+        first = group[0]
+        if first.tensor_data is None:
+            yield first, io.BytesIO(self._objects[first.index.fqn])
+            return
+        chunk = first.tensor_data.chunk
+        region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        keys = [split_state_key(item.index.fqn) for item in group]
+        states = read_state(self._source, keys[0][1], region, [prefix for prefix, _ in keys])
+        for item, values in zip(group, states, strict=True):
+            yield item, self._checked(item, region, values.detach())
+
+    def _checked(self, item: WriteItem, region: Region, values: torch.Tensor) -> torch.Tensor:
+        key, data = item.index.fqn, item.tensor_data
+        assert data is not None
+        if values.shape != data.chunk.sizes or values.dtype != data.properties.dtype:
             raise CheckpointError(
-                f"{key}: the source gave {tuple(values.shape)} of {values.dtype} where {tuple(sizes)} of "
+                f"{key}: the source gave {tuple(values.shape)} of {values.dtype} where {tuple(data.chunk.sizes)} of "
                 f"{data.properties.dtype} were announced"
             )
         values = _compact(values)
@@ -145,16 +167,10 @@ def _compact(values: torch.Tensor) -> torch.Tensor:
     """The same values in a storage that holds them and nothing else; torch.save writes storages whole."""
     values = values.cpu()
     if is_constant(values):
-        one = values.flatten()[:1]
-        return one.clone().as_strided(values.shape, [0] * values.dim())
+        return constant(values[(0,) * values.dim()].clone(), values.shape)
     if values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes:
         return values
     return values.clone(memory_format=torch.contiguous_format)
-
-
-def is_constant(values: torch.Tensor) -> bool:
-    """Whether one element in memory stands for all."""
-    return values.numel() > 1 and not any(s for n, s in zip(values.shape, values.stride(), strict=True) if n > 1)
 
 
 def _refuse_non_finite(key: str, region: Region, values: torch.Tensor) -> None:

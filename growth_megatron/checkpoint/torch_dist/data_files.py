@@ -36,6 +36,7 @@ from torch.futures import Future
 from growth_megatron.checkpoint.folder.commit import JOURNAL_FOLDER, JOURNAL_SUFFIX, UNFINISHED_FOLDER
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import FileEntry, checksum_files
+from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner
 from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.tensors import split_state_key
@@ -153,6 +154,7 @@ class ParallelWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, ChunkPlanner)
         self._done(0)
         parts = share(groups_of(plan.items), self._writers)
         with ThreadPoolExecutor(self._writers, thread_name_prefix="writer") as pool:
@@ -182,7 +184,7 @@ class ParallelWriter(StorageWriter):
     def storage_meta(self) -> StorageMeta | None:
         return None
 
-    def _write(self, writer: int, groups: list[list[WriteItem]], planner: SavePlanner) -> list[WriteResult]:
+    def _write(self, writer: int, groups: list[list[WriteItem]], planner: ChunkPlanner) -> list[WriteResult]:
         names = (f"__{self._rank}_{number}.distcp" for number in itertools.count(writer, self._writers))
         results: list[WriteResult] = []
         file: DataFile | None = None
@@ -193,8 +195,8 @@ class ParallelWriter(StorageWriter):
                     if file is None:
                         name = next(name for name in names if name not in self._kept)
                         file = DataFile(self._folder, name, self._files)
-                    for item in group:
-                        results.append(file.append(item, planner.resolve_data(item)))
+                    for item, data in planner.resolve_group(group):
+                        results.append(file.append(item, data))
                         if item_bytes(item) >= _TRIM_BYTES:
                             _return_free_memory()
                         self._done(item_bytes(item))

@@ -38,7 +38,7 @@ from growth_megatron.checkpoint.torch_dist.stored_chunk import (
 )
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import LAYER_PREFIX
-from growth_megatron.model.tensors import Region, TensorSpec, check_region, whole
+from growth_megatron.model.tensors import Region, TensorSpec, check_region, constant, whole
 
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -147,7 +147,7 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.path}: {key} is stored with holes or overlaps; the checkpoint is damaged")
         element = self._constant(pieces, spec.dtype)
         if element is not None:
-            return element.expand(sizes if stored.layer is None else sizes[1:])
+            return constant(element, sizes if stored.layer is None else sizes[1:])
         out = torch.empty(sizes, dtype=spec.dtype)
         for piece in pieces:
             self._read_piece(piece, out[piece.there])

@@ -35,7 +35,7 @@ from growth_megatron.checkpoint.folder.commit import (
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
 from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, free_bytes
-from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner, is_constant, plan_items
+from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner, plan_items
 from growth_megatron.checkpoint.torch_dist.data_files import (
     FinishedFile,
     ParallelWriter,
@@ -48,7 +48,7 @@ from growth_megatron.checkpoint.torch_dist.data_files import (
 )
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
 from growth_megatron.errors import GrowthError, GrowthMegatronError
-from growth_megatron.model.tensors import TensorSource
+from growth_megatron.model.tensors import TensorSource, is_constant
 from growth_megatron.parallel.collectives import all_gather, on_all_ranks, on_rank_zero, rank, world_size
 
 T = TypeVar("T")
