@@ -14,6 +14,7 @@ EXTRAS = {
     "dev": [
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "ruff",
         "mypy",
