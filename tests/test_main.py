@@ -17,8 +17,8 @@ import yaml
 from growth_megatron.__main__ import _joined, _parser, main
 from growth_megatron.errors import EXIT_NOTHING_VALID, EXIT_OK, EXIT_USAGE
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint
-from tests.command_line import Outcome, run_command, run_commands
-from tests.ranks import ROOT, environment
+from tests.command_line import Outcome, run_command, run_commands, start_command
+from tests.pool import ROOT, TIMEOUT_S, environment
 
 SUBCOMMANDS = (
     *("train", "plan", "report", "grow", "plan grow", "inspect", "verify"),
@@ -224,7 +224,7 @@ def test_plan_needs_no_torch(growing_config: Path) -> None:
         "sys.exit(code)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "[]"
@@ -234,7 +234,7 @@ def test_plan_needs_no_torch(growing_config: Path) -> None:
 def test_a_closed_pipe_is_no_fault(growing_config: Path) -> None:
     command = f"{sys.executable} -m growth_megatron plan {growing_config} --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -337,7 +337,7 @@ def test_report_of_no_run(run: Run, tmp_path: Path) -> None:
 
 
 def test_as_a_process_a_mistake_ends_with_2_and_one_line(growing_config: Path) -> None:
-    outcome = run_command("train", str(growing_config), "trainin.steps=5")
+    outcome = start_command("train", str(growing_config), "trainin.steps=5")
     assert outcome.code == EXIT_USAGE
     assert outcome.out == ""
     (line,) = outcome.err.splitlines()
