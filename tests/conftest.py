@@ -1,14 +1,28 @@
-"""A small corpus, prepared once, for every test that trains."""
+"""Bounds of time for no test, and a small corpus, prepared once, for every test that trains.
+
+Owns: what holds for the whole suite. Does not own: processes (``tests.pool``).
+"""
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")  # a busy machine is no fault of what is tested
 
 VOCABULARY = 300
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left lives until the end; no collection need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
