@@ -46,7 +46,6 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
         "numpy",
-        "filelock",
         "psutil",  # megatron-core imports it without declaring it
         "pydantic>=2",
         "PyYAML",

@@ -24,7 +24,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from rich.console import Console as RichConsole
 
-from growth_megatron.checkpoint.folder.manifest import Manifest, record_validation_losses
+from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
@@ -341,10 +341,6 @@ class Growth:
         times["build"], engine = timed(lambda: build(self.stages[1], self.seed))
         times["finish"], _ = timed(engine.finish)
         times["load"], _ = timed(lambda: load_into_model(path, engine.models, engine.optimizer))
-        if grows:
-            times["record"], _ = timed(
-                lambda: collectives.on_rank_zero(lambda: record_validation_losses(path, 9.0, 9.0))
-            )
         self.engines.append(engine)
         context.watchdog.close()
         collectives.on_rank_zero(lambda: shutil.rmtree(directory.path))
@@ -387,7 +383,7 @@ def growth_against_resume(bench: Bench, factor: int, optimizer_state: str) -> Fi
         "growth_to_resume": statistics.median(io[True]) / statistics.median(io[False]),
         "growth_to_resume_of_turns": quartiles([a / b for a, b in zip(io[True], io[False], strict=True)]),
         "growth_to_own_save_and_load": statistics.median(
-            s / (s - turn["grow"] - turn["record"]) for s, turn in zip(io[True], taken[True][1:], strict=True)
+            s / (s - turn["grow"]) for s, turn in zip(io[True], taken[True][1:], strict=True)
         ),
         "growth_to_resume_with_build": statistics.median(everything[True]) / statistics.median(everything[False]),
         **medians,

@@ -1,36 +1,21 @@
 """Arrays built once per file system and shared by every process that sees it.
 
-Owns: the lock, the rename, the mapping back into memory.
+Owns: the rename, the mapping back into memory.
 Does not own: what is in the arrays (``dataset``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 
 from growth_megatron.errors import DataError
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold ``path`` locked where the file system can; the kernel frees the lock of a process that dies.
-
-    Without locks the processes build side by side. That costs time, never correctness: all build the same arrays, and
-    a rename puts a complete folder in place.
-    """
-    import fcntl
-
-    with open(path, "a") as stream:
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+from growth_megatron.parallel.file_lock import locked
 
 
 def _load(folder: Path) -> dict[str, numpy.ndarray] | None:
@@ -70,8 +55,7 @@ def cached_arrays(
     folder = directory / key
     try:
         if (arrays := _load(folder)) is None:
-            directory.mkdir(parents=True, exist_ok=True)
-            with _locked(directory / f".{key}.lock"):
+            with locked(directory / f".{key}.lock"):  # without locks all build alike, and the first rename counts
                 if (arrays := _load(folder)) is None:
                     _store(folder, build())
                     arrays = _load(folder)

@@ -72,13 +72,14 @@ class StageLoop:
         self._pending: _Pending | None = None
         self._summing = ThreadPoolExecutor(1, thread_name_prefix="checksums")
         self._saved_step = progress.step if start else -1
-        self._evaluated_step = -1
+        self._evaluated_step, self._validation_loss = -1, float("nan")
         self._validation = self._validation_batches()
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
-    def adopt(self, manifest: Manifest) -> None:
-        """Take over the lineage of the checkpoint that was loaded, completed meanwhile."""
-        self._lineage = manifest.lineage
+    def note_loss_after_growth(self, loss: float | None) -> None:
+        """The validation loss before the first step: the next checkpoint's lineage has it; no manifest is rewritten."""
+        *earlier, newest = self._lineage
+        self._lineage = (*earlier, newest.model_copy(update={"validation_loss_after": loss}))
 
     def run(self) -> bool:
         """Train to the stage's end, validate there and save. Returns False if stopped before it (and saved)."""
@@ -111,7 +112,7 @@ class StageLoop:
         if not self._validation:
             return None
         loss = self.engine.evaluate(self._validation)
-        self._evaluated_step = self.progress.step
+        self._evaluated_step, self._validation_loss = self.progress.step, loss
         self.context.metrics.log(
             "validation",
             step=self.progress.step,
@@ -250,6 +251,7 @@ class StageLoop:
             config_hash=self.context.loaded.hash,
             multipliers=dict(self.engine.multipliers),
             lineage=self._lineage,
+            validation_loss=self._validation_loss if self._evaluated_step == self.progress.step else None,
         )
 
     def _validation_batches(self) -> list[Batch]:

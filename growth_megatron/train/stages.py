@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from growth_megatron.checkpoint.folder.manifest import Manifest, read_manifest, record_validation_losses
+from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
@@ -141,9 +141,7 @@ def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, 
     loop = StageLoop(context, engine, choice.manifest, progress)
     context.watchdog.alive()
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
-        if not collectives.on_rank_zero(partial(_growth_is_recorded, context, choice.manifest)):
-            _record_growth(context, choice.path, choice.manifest, loop.validate(), growth)
-        loop.adopt(collectives.on_rank_zero(partial(read_manifest, choice.path)))
+        loop.note_loss_after_growth(_record_growth(context, choice.path, choice.manifest, loop, growth))
     finished = loop.run()
     engine.close()
     del loop, engine  # before the next stage allocates
@@ -199,48 +197,36 @@ def _announce_growth(
 
 
 def _record_growth(
-    context: RunContext, path: Path, manifest: Manifest, loss_after: float | None, growth: GrowthResult | None
-) -> None:
-    """Put the validation losses around a growth into the grown checkpoint's lineage and into the metrics, once."""
+    context: RunContext, path: Path, manifest: Manifest, loop: StageLoop, growth: GrowthResult | None
+) -> float | None:
+    """The validation loss just after a growth, which goes into the metrics with all else of it, once."""
     record = manifest.lineage[-1]
-
-    def update() -> None:
-        before = record.validation_loss_before
-        grown = context.loaded.config.stages[manifest.stage].name
-        losses = [
-            line
-            for line in _records(context)
-            if line["kind"] == "validation" and line["step"] == manifest.step and line.get("stage") != grown
-        ]
-        if before is None and losses:
-            before = losses[0]["validation_loss"]
-        if path.parent == context.directory.checkpoints_path:  # a checkpoint of another run is not ours to write to
-            record_validation_losses(path, before, loss_after)
-        context.metrics.log(
-            "growth",
-            step=manifest.step,
-            operator=record.operator,
-            source=record.source,
-            target=str(path),
-            source_geometry=record.source_geometry.model_dump(),
-            target_geometry=record.target_geometry.model_dump(),
-            optimizer_state=record.optimizer_state,
-            validation_loss_before=before,
-            validation_loss_after=loss_after,
-            seconds=growth.seconds if growth else None,
-            bytes_written=growth.bytes_written if growth else None,
-        )
-
-    collectives.on_rank_zero(update)
+    if growth is None:  # this process began here: an earlier one may have come further
+        known = collectives.on_rank_zero(partial(_recorded_growth, context.directory.path, manifest.step))
+        if known is not None:
+            after: float | None = known["validation_loss_after"]
+            return after
+    after = loop.validate()
+    context.metrics.log(
+        "growth",
+        step=manifest.step,
+        operator=record.operator,
+        source=record.source,
+        target=str(path),
+        source_geometry=record.source_geometry.model_dump(),
+        target_geometry=record.target_geometry.model_dump(),
+        optimizer_state=record.optimizer_state,
+        validation_loss_before=record.validation_loss_before,
+        validation_loss_after=after,
+        seconds=growth.seconds if growth else None,
+        bytes_written=growth.bytes_written if growth else None,
+    )
+    return after
 
 
-def _records(context: RunContext) -> list[dict[str, Any]]:
-    directory = context.directory.path
-    return read_metrics(directory) if (directory / FILE_NAME).exists() else []
-
-
-def _growth_is_recorded(context: RunContext, manifest: Manifest) -> bool:
-    return any(line["kind"] == "growth" and line["step"] == manifest.step for line in _records(context))
+def _recorded_growth(directory: Path, step: int) -> dict[str, Any] | None:
+    records = read_metrics(directory) if (directory / FILE_NAME).exists() else []
+    return next((line for line in records if line["kind"] == "growth" and line["step"] == step), None)
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:

@@ -11,7 +11,7 @@ from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
     GrowthRecord,
     read_manifest,
-    record_validation_losses,
+    write_manifest,
 )
 from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.origin import find_origin
@@ -126,7 +126,10 @@ def test_lineage_and_shared_files_of_a_grown_checkpoint(checkpoint: Path, tmp_pa
     layers = parse_layers("1-23*2", 3)
     plan = plan_depth(MODEL, geometry(5), layers)
     grow_checkpoint(checkpoint, tmp_path / "grown", plan, "reset")
-    record_validation_losses(tmp_path / "grown", 2.5, 2.75)
+    manifest = read_manifest(tmp_path / "grown")
+    losses = {"validation_loss_before": 2.5, "validation_loss_after": 2.75}
+    newest = manifest.lineage[-1].model_copy(update=losses)
+    write_manifest(tmp_path / "grown", manifest.model_copy(update={"lineage": (newest,)}))
     description = describe_checkpoint(tmp_path / "grown")
     assert [record["layers"] for record in description["lineage"]] == [list(layers)]
     assert description["shared_bytes"] == sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))

@@ -15,17 +15,14 @@ from hypothesis import strategies as st
 
 from growth_megatron.checkpoint.folder.manifest import (
     GrowthRecord,
-    Manifest,
     checksum_files,
     list_files,
     read_identified_manifest,
     read_manifest,
-    record_validation_losses,
     validate_checkpoint,
     write_manifest,
 )
 from growth_megatron.errors import CheckpointError
-from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint
 
 
@@ -177,24 +174,3 @@ def test_checksums_are_those_of_the_contents(tmp_path: Path) -> None:
     for name, content in contents.items():
         assert sums[name].size_bytes == len(content)
         assert sums[name].sha256 == hashlib.sha256(content).hexdigest()
-
-
-def test_validation_losses_are_noted_in_the_newest_growth(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="was not grown"):
-        record_validation_losses(checkpoint, 3.5, 3.6)
-    grown: Manifest = read_manifest(checkpoint).model_copy(update={"lineage": (_record(), _record())})
-    write_manifest(checkpoint, grown)
-    noted = record_validation_losses(checkpoint, 3.5, 3.6)
-    assert read_manifest(checkpoint) == noted
-    assert validate_checkpoint(checkpoint, full=True) is None
-    assert noted.lineage[0].validation_loss_before is None
-    assert (noted.lineage[1].validation_loss_before, noted.lineage[1].validation_loss_after) == (3.5, 3.6)
-
-
-def test_a_kill_while_losses_are_noted_leaves_the_checkpoint_valid(checkpoint: Path) -> None:
-    write_manifest(checkpoint, read_manifest(checkpoint).model_copy(update={"lineage": (_record(),)}))
-    for after in range(4):
-        with pytest.raises(Killed):
-            record_validation_losses(checkpoint, 3.5, 3.6, DyingFiles(after))
-        assert validate_checkpoint(checkpoint) is None
-    record_validation_losses(checkpoint, 3.5, 3.6, DyingFiles(4))

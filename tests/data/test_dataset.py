@@ -207,7 +207,7 @@ def test_several_processes_build_one_index(blended: DataConfig, tmp_path: Path) 
 
 def test_losing_the_race_keeps_the_winners_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system without locks two processes may build at once."""
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError("no locks here")))
+    monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError("no locks here")))
 
     def build() -> dict[str, numpy.ndarray]:
         if not (tmp_path / "key").exists():

@@ -313,7 +313,7 @@ def test_two_growths_of_one_target_do_not_run_at_once(source: Path, tmp_path: Pa
     holder.kill()
     holder.wait()
     _grow(source, tmp_path / "grown", "num_layers=6")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock_grown", "grown", "source"]
 
 
 _HOLDING = """

@@ -95,6 +95,30 @@ def test_resume_at_the_same_layout_is_bitwise_the_uninterrupted_run(
         assert growth["validation_loss_after"] == _records(reference, "growth")[0]["validation_loss_after"]
 
 
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_killed_between_a_growth_and_the_next_save_the_growth_is_recorded_once(
+    reference: Path, growing_config: Path, tmp_path: Path, is_recorded: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run, symlinks=True)
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name.split("_")[1]) > 6:
+            shutil.rmtree(checkpoint)
+    grown = run / "checkpoints" / "step_00000006_grown" / "manifest.json"
+    as_committed = grown.read_bytes()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (place,) = (number for number, line in enumerate(lines) if json.loads(line)["kind"] == "growth")
+    (run / "metrics.jsonl").write_text("".join(lines[: place + 2 if is_recorded else place]))
+    assert _train(1, growing_config, [f"run.directory={run}"]) == [0]
+    assert _losses(run) == _losses(reference)
+    (growth,), (expected,) = _records(run, "growth"), _records(reference, "growth")
+    for name in ("validation_loss_before", "validation_loss_after"):
+        assert growth[name] == expected[name]
+    assert (growth["seconds"] is not None) == is_recorded
+    assert read_manifest(run / "latest").lineage[0].validation_loss_after == expected["validation_loss_after"]
+    assert grown.read_bytes() == as_committed
+
+
 def test_resume_at_another_layout_follows_the_uninterrupted_run(
     reference: Path, growing_config: Path, tmp_path: Path
 ) -> None:
@@ -127,9 +151,14 @@ def test_the_grown_checkpoint_tells_where_it_comes_from(reference: Path) -> None
     assert record.source.endswith("step_00000006")
     losses = {r["step"]: r["validation_loss"] for r in _records(reference, "validation")[:1]}
     assert record.validation_loss_before == losses[6]
+    assert read_manifest(reference / "checkpoints" / "step_00000006").validation_loss == losses[6]
+    # A committed manifest is never rewritten: the loss after the growth is in the lineage of what is saved next.
+    assert (record.validation_loss_after, manifest.validation_loss) == (None, None)
     (logged,) = _records(reference, "growth")
-    assert logged["validation_loss_after"] == record.validation_loss_after is not None
-    assert read_manifest(reference / "latest").lineage == manifest.lineage
+    assert (logged["validation_loss_before"], logged["validation_loss_after"] is None) == (losses[6], False)
+    for name in ("checkpoints/step_00000008", "latest"):
+        (later,) = read_manifest(reference / name).lineage
+        assert later == record.model_copy(update={"validation_loss_after": logged["validation_loss_after"]})
     assert manifest.consumed_samples == 48
     assert read_manifest(reference / "latest").consumed_samples == 80
 

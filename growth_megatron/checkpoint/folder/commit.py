@@ -15,9 +15,8 @@ files that are being written and one for a journal of the complete ones. Both ar
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from growth_megatron.checkpoint.folder.files import FileOperations
@@ -31,6 +30,7 @@ from growth_megatron.checkpoint.folder.manifest import (
     write_manifest,
 )
 from growth_megatron.errors import CheckpointError
+from growth_megatron.parallel.file_lock import locked
 
 TEMPORARY_PREFIX = ".tmp_"
 TRASH_PREFIX = ".trash_"
@@ -55,26 +55,16 @@ def begin_folder(final: Path, files: FileOperations) -> Path:
     return temporary
 
 
-@contextmanager
-def exclusive(final: Path) -> Iterator[None]:
+def exclusive(final: Path) -> AbstractContextManager[None]:
     """Hold ``final`` for this process while it is written: two writers would ruin each other's temporary folder.
 
     Raises:
         CheckpointError: another process holds it.
     """
     lock = final.parent / f".lock_{final.name}"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"another process is writing {final} (it holds {lock}); wait for it, or end it"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    return locked(
+        lock, CheckpointError(f"another process is writing {final} (it holds {lock}); wait for it, or end it")
+    )
 
 
 def begin_resumable(final: Path, keep: Collection[str], files: FileOperations) -> Path:

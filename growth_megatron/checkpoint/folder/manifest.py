@@ -156,20 +156,6 @@ def read_identified_manifest(folder: Path) -> tuple[Manifest, str]:
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
 
 
-def record_validation_losses(
-    checkpoint: Path, before: float | None, after: float | None, files: FileOperations | None = None
-) -> Manifest:
-    """Note in the newest growth of a committed checkpoint the validation loss on both sides of it."""
-    manifest = read_manifest(checkpoint)
-    if not manifest.lineage:
-        raise CheckpointError(f"{checkpoint} was not grown, so it has no growth to note validation losses for")
-    losses = {"validation_loss_before": before, "validation_loss_after": after}
-    newest = manifest.lineage[-1].model_copy(update=losses)
-    noted = manifest.model_copy(update={"lineage": (*manifest.lineage[:-1], newest)})
-    write_manifest(checkpoint, noted, files)
-    return noted
-
-
 def validate_checkpoint(folder: Path, full: bool = False) -> str | None:
     """Why a checkpoint cannot be trusted, or None if it can.
 

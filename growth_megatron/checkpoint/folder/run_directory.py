@@ -9,13 +9,11 @@ At a stage boundary a step has two checkpoints: what the stage ended with, ``ste
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import re
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from growth_megatron.checkpoint.folder.commit import (
     TEMPORARY_PREFIX,
@@ -28,6 +26,7 @@ from growth_megatron.checkpoint.folder.commit import (
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, read_manifest, validate_checkpoint
 from growth_megatron.errors import CheckpointError, ConfigError, NothingValidError
+from growth_megatron.parallel.file_lock import locked
 
 _NAME = re.compile(r"step_(\d{8,})(_grown)?")
 
@@ -73,24 +72,18 @@ class RunDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.latest_path = self.path / "latest"
         self._files = files or FileOperations()
-        self._lock: IO[str] | None = None
+        self._lock = ExitStack()
 
     def lock(self) -> None:
         """Keep other jobs out of this run for as long as the process lives, however it ends.
 
         Raises: ConfigError where another process has the run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("a")
-        try:
-            # A POSIX record lock: unlike flock's it is not inherited by the processes that write checkpoints.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system without locks
-            raise ConfigError(
-                f"another job is running in {self.path}; end it first, or choose another run.directory"
-            ) from error
+        lock = self.path / ".lock"
+        held = ConfigError(
+            f"another job is running in {self.path} (it holds {lock}); end it first, or choose another run.directory"
+        )
+        self._lock.enter_context(locked(lock, held))
 
     def checkpoint_path(self, step: int, grown: bool = False) -> Path:
         return self.checkpoints_path / str(CheckpointName(step, grown))
