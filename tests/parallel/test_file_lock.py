@@ -16,7 +16,7 @@ import pytest
 
 from growth_megatron.errors import CheckpointError
 from growth_megatron.parallel.file_lock import locked
-from tests.ranks import ROOT, environment
+from tests.pool import ROOT, environment
 
 HELD = CheckpointError("held elsewhere")
 
