@@ -106,11 +106,11 @@ WRONG: dict[str, tuple[Callable[[Content], None], str | None, str, str]] = {
         lambda c: c["training"].update(precision="bf61"), "precision:", "training.precision", "did you mean bf16?",
     ),
     "wrong type": (
-        lambda c: c["model"].update(hidden_size="wide"), "hidden_size: wide", "model.hidden_size", "an integer",
+        lambda c: c["model"].update(hidden_size="wide"), "hidden_size: wide", "model.hidden_size", "a valid integer",
     ),
     "fraction of a layer": (
         lambda c: c["stages"][0]["model"].update(num_layers=2.5), "num_layers: 2.5", "stages.base.model.num_layers",
-        "an integer",
+        "a valid integer",
     ),
     "missing key": (lambda c: _without(c, "model", "vocab_size"), None, "stages.base.model.vocab_size", "add it"),
     "heads against hidden size": (
@@ -172,7 +172,7 @@ def test_a_wrong_configuration_names_file_line_key_and_remedy(
         ("training.stepz=5", "command line: training.stepz: unknown key; did you mean steps?"),
         ("stages.gron.training.steps=5", "did you mean grown?"),
         ("training.steps", "write section.key=value"),
-        ("schedule.learning_rate=-1", "a number above 0"),
+        ("schedule.learning_rate=-1", "greater than 0"),
     ],
 )
 def test_a_wrong_override_says_so(run: Run, growing_config: Path, override: str, words: str) -> None:
@@ -285,7 +285,7 @@ def test_what_a_run_finds_wrong_when_it_starts(growing_config: Path, prepared_co
         ([f"checkpoint.resume={tmp_path}/gone"], ("gone is not a folder", "auto, must, never")),
         ([f"checkpoint.resume={damaged}"], ("cannot resume from", "common.pt is missing")),
         ([f"checkpoint.resume={other}"], ("holds another model than stage base", "hidden_size 8 -> 64", "grow")),
-        (["data.train.0.weight=0"], ("data.train.0.weight", "a number above 0")),
+        (["data.train.0.weight=0"], ("data.train.0.weight", "greater than 0")),
     ]
     commands = [["train", str(growing_config), *overrides] for overrides, _ in cases]
     outcomes = run_commands([*commands, ["train", str(growing_config), "stages.base.training.steps=2"]])

@@ -7,22 +7,19 @@ Does not own: the rules (``config.schema``, ``config.checks``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from growth_megatron.config.document import Node
-from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.config.words import closest
 
 STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training")
-TOP_LEVEL = (
-    "base", "run", "model", "parallel", "data", "optimizer", "schedule", "training",
-    "checkpoint", "evaluation", "logging", "stages",
-)  # fmt: skip
 
 # Names of other tools that no spelling distance would find.
 _SYNONYMS = {
@@ -102,7 +99,7 @@ def from_validation(errors: Sequence[ErrorDetails], root: Node) -> list[Problem]
         elif error["type"] != "missing":
             problems.append(Problem(node.place, path, _bad_value(node, error)))
         elif f"{path.rpartition('.')[0]}/{keys[-1]}" not in excused:
-            problems.append(Problem(node.place, path, f"is required and missing; add it ({_describe(keys)})"))
+            problems.append(Problem(node.place, path, f"is required and missing; add it{_hint(keys)}"))
     return problems
 
 
@@ -126,14 +123,14 @@ def suggest(word: str, allowed: Iterable[str]) -> str | None:
 
 def _unknown(key: str, parent: tuple[str | int, ...]) -> tuple[str, str | None]:
     """Wording for an unknown key of ``parent``, and the key of ``parent`` that was probably meant."""
-    names = list(_resolved(parent).get("properties", {})) if parent else list(TOP_LEVEL)
+    section = _section(parent)
+    names = [*(section or RunConfig).model_fields, *(() if parent else ("base", *STAGE_SECTIONS))]
     if not parent and key == "growth":
         return "belongs to a stage; write it in an entry of stages, from the second on", None
-    if key in TOP_LEVEL and len(parent) == 2 and parent[0] == "stages":
+    if key in RunConfig.model_fields and len(parent) == 2 and parent[0] == "stages":
         return f"is shared by all stages; move it to the top level (a stage may have {', '.join(names)})", None
     meant = suggest(key, names)
-    homes = _homes().get(key)
-    if homes:
+    if homes := _homes().get(key):
         hint = f", or write {meant} if that was meant" if meant else ""
         return f"unknown key here; it belongs to {' or '.join(homes)}, move it there{hint}", meant
     elsewhere = suggest(key, _homes())
@@ -145,102 +142,65 @@ def _unknown(key: str, parent: tuple[str | int, ...]) -> tuple[str, str | None]:
 
 
 def _bad_value(node: Node, error: ErrorDetails) -> str:
+    """The value, pydantic's words, what the field is about, and the slip that was probably made."""
     value = node.plain()
-    schema = _resolved(error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    if isinstance(value, dict | list) and len(str(value)) > 60:
+    shown = "empty" if value is None or value == [] else str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, dict | list) and len(shown) > 60:
         shown = "a mapping" if isinstance(value, dict) else "a list"
-    else:
-        shown = "empty" if value is None or value == [] else repr(value)
-        shown = str(value).lower() if isinstance(value, bool) else shown
-    text = f"is {shown}; allowed: {_allowed(schema)}"
-    if schema.get("description") and "properties" not in schema:
-        text += f" ({schema['description']})"
+    if error["type"] == "model_type" and (section := _section(error["loc"])):
+        return f"is {shown}; should be a mapping of keys ({', '.join(section.model_fields)})"
+    should = error["msg"].removeprefix("Input ").replace("tuple", "list")
+    text = f"is {shown}; {should[0].lower()}{should[1:]}{_hint(error['loc'])}"
     if isinstance(value, str):
-        meant = suggest(value, [str(word) for word in schema.get("enum", ())])
+        meant = suggest(value, re.findall(r"'([^']+)'", should) if error["type"] == "literal_error" else ())
         number = re.fullmatch(r"([0-9.]+) ?([kmbt])", value.lower())
         if meant:
             text += f"; did you mean {meant}?"
-        elif number and schema.get("type") in ("integer", "number"):
+        elif number and error["type"] in ("int_parsing", "float_parsing"):
             text += f"; write {number[1]}e{_EXPONENTS[number[2]]}"
-    texts = [choice.get("type") == "string" for choice in (schema, *schema.get("anyOf", ()))]
-    if any(texts) and isinstance(value, int | float):
+    if error["type"] == "string_type" and isinstance(value, int | float):
         text += f"; put it in quotes: '{node.raw or value}'"
     return text
 
 
-def _describe(keys: tuple[str | int, ...]) -> str:
-    schema = _resolved(keys)
-    needed = schema.get("required", ())
-    if "properties" in schema and needed:
-        return f"a section with at least {', '.join(needed)}"
-    return _allowed(schema) + (f"; {schema['description']}" if schema.get("description") else "")
+def _hint(keys: tuple[str | int, ...]) -> str:
+    """In brackets: what a field is about, or what a section needs at least."""
+    if section := _section(keys):
+        needed = [name for name, field in section.model_fields.items() if field.is_required()]
+        return f" (a section with at least {', '.join(needed)})" if needed else ""
+    for length in range(len(keys), 0, -1):  # what follows a field's name is a member of its union
+        owner = _section(keys[: length - 1]) if length > 1 else RunConfig
+        field = owner.model_fields.get(str(keys[length - 1])) if owner else None
+        if field is not None:
+            return f" ({field.description})" if field.description else ""
+    return ""
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    return RunConfig.model_json_schema()
+def _section(keys: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section of the schema at ``keys``; None for a field that is no section."""
+    here: type[BaseModel] | None = RunConfig
+    for key in keys:
+        if isinstance(key, str) and here is not None:
+            field = here.model_fields.get(key)
+            here = None if field is None else next(_sections_in(field.annotation), None)
+    return here
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
 
 
 @cache
 def _homes() -> dict[str, list[str]]:
     """Sections in which each key lives."""
     homes: dict[str, list[str]] = {}
-    stage = _follow(_follow(_schema()["properties"]["stages"])["items"])["properties"]
-    for name, entry in {**_schema()["properties"], **stage}.items():
-        for key in _follow(entry).get("properties", {}):
+    for name in (*RunConfig.model_fields, *StageConfig.model_fields):
+        section = _section((name,)) or _section(("stages", 0, name))
+        for key in section.model_fields if section and section is not StageConfig else ():
             homes.setdefault(key, []).append("growth of a stage" if name == "growth" else name)
     return homes
-
-
-def _follow(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """``schema`` with its reference or its only non-null alternative put in its place."""
-    merged = dict(schema)
-    choices = [choice for choice in merged.get("anyOf", ()) if choice.get("type") != "null"]
-    if len(choices) == 1:
-        merged = {**choices[0], **{key: value for key, value in merged.items() if key != "anyOf"}}
-    reference = merged.pop("$ref", None)
-    if reference is None:
-        return merged
-    return {**_schema()["$defs"][reference.rsplit("/", 1)[-1]], **merged}
-
-
-def _resolved(keys: Sequence[str | int]) -> dict[str, Any]:
-    """JSON schema of the value at ``keys``; of the nearest value above where the keys lead into a union."""
-    here = _schema()
-    for key in keys:
-        if isinstance(key, int):
-            below = here.get("items")
-        else:
-            below = here.get("properties", {}).get(key)
-        if below is None:
-            return here
-        here = _follow(below)
-    return here
-
-
-def _allowed(schema: Mapping[str, Any]) -> str:
-    if "const" in schema:
-        return str(schema["const"])
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    if "anyOf" in schema:
-        return " or ".join(_allowed(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
-    kind = schema.get("type", "")
-    if kind == "array":
-        least = f" with at least {schema['minItems']} entry" if schema.get("minItems") else ""
-        return f"a list{least}, each {_allowed(_follow(schema['items']))}" if "items" in schema else "a list"
-    if kind == "object":
-        return f"a mapping of keys ({', '.join(schema.get('properties', {}))})"
-    if kind == "string":
-        return "text, not empty" if schema.get("minLength") else "text"
-    if kind == "boolean":
-        return "true or false"
-    bounds = []
-    for key, words in (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"),
-                       ("exclusiveMaximum", "below")):  # fmt: skip
-        if key in schema:
-            bounds.append(f"{words} {schema[key]:g}")
-    name = {"integer": "an integer", "number": "a number"}.get(kind, "a value")
-    return " ".join([name, " and ".join(bounds)]).strip()
