@@ -26,10 +26,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed import TCPStore
-from torch.distributed import run as torchrun
+from torch.distributed import run as _torchrun  # untyped
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -43,6 +44,7 @@ from growth_megatron.errors import (
 from growth_megatron.growth.configuration import load_config
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+torchrun: Any = _torchrun
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 LEAVE_TIMEOUT_S = 60.0
 POLL_S = 0.5

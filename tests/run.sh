@@ -8,6 +8,6 @@ environment_install dev,wandb,tensorboard,plot
 export OMP_NUM_THREADS=1  # the multi-rank tests already fill the cores
 export PATH=$venv/bin:$PATH
 
-echo "ruff" && ruff check .
+echo "ruff" && ruff check . && ruff format --check --quiet .
 echo "mypy" && mypy
 echo "pytest" && python -m pytest -q -n 2 --dist loadfile --durations=25 "$@"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 
 from growth_megatron.checkpoint.folder.manifest import (
     MANIFEST_NAME,
@@ -64,10 +65,12 @@ class Origin(ABC):
 
     @property
     def geometry(self) -> ModelConfig:
+        """The model's."""
         return self.manifest.geometry
 
     @property
     def has_moments(self) -> bool:
+        """Whether Adam's moments are there."""
         return any(key.startswith(MOMENT_PREFIXES) for key in self.tensors.keys())
 
     @property
@@ -110,31 +113,39 @@ class CheckpointOrigin(Origin):
 
     is_of_a_run: ClassVar[bool] = True
 
+    @override
     @property
     def linkable(self) -> DistCheckpoint | None:
         assert isinstance(self.tensors, DistCheckpoint)
         return self.tensors
 
+    @override
     def problem(self, full: bool = False) -> str | None:
         return file_problem(self.path, self.manifest, full)
 
+    @override
     def training_state(self) -> TensorSource:
         return self.tensors
 
+    @override
     def common(self) -> dict[str, Any]:
         return read_common(self.path)
 
+    @override
     def files(self) -> dict[str, int]:
         return {name: entry.size_bytes for name, entry in self.manifest.files.items()}
 
+    @override
     def objects(self) -> dict[str, bytes]:
         assert isinstance(self.tensors, DistCheckpoint)
         return {key: self.tensors.read_object(key) for key in self.tensors.object_keys()}
 
+    @override
     def extra_files(self) -> list[str]:
         rewritten = {METADATA_NAME, COMMON_NAME, FORMAT_NAME}
         return [name for name in self.manifest.files if name not in rewritten and not name.endswith(".distcp")]
 
+    @override
     def tokenizer(self) -> tuple[Path | None, str]:
         path = self.path / "config.yaml"
         if not path.is_file():
@@ -158,24 +169,31 @@ class HuggingFaceOrigin(Origin):
 
     is_of_a_run: ClassVar[bool] = False
 
+    @override
     def problem(self, full: bool = False) -> str | None:
         return None  # the reader refuses what is not whole
 
+    @override
     def training_state(self) -> TensorSource:
         return WithFreshOptimizer(self.tensors)
 
+    @override
     def common(self) -> dict[str, Any]:
         return fresh_common()
 
+    @override
     def files(self) -> dict[str, int]:
         return {file.name: file.stat().st_size for file in sorted(self.path.glob("*.safetensors"))}
 
+    @override
     def objects(self) -> dict[str, bytes]:
         return fresh_objects(self.geometry)
 
+    @override
     def extra_files(self) -> list[str]:
         return []
 
+    @override
     def tokenizer(self) -> tuple[Path | None, str]:
         return self.path, "as in the source"
 

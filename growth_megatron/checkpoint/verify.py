@@ -34,6 +34,7 @@ class Check:
 
     @property
     def line(self) -> str:
+        """The check as it is printed."""
         return f"{self.outcome:<7}  {self.path}  {self.subject}: {self.text}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -30,7 +30,9 @@ LINE_INTERVAL_S = 10.0
 class BytesCallback(Protocol):
     """Called with the bytes done so far and all of them, and further figures as text; from any thread."""
 
-    def __call__(self, done: int, total: int, figures: str = ...) -> None: ...
+    def __call__(self, done: int, total: int, figures: str = ...) -> None:
+        """``figures``: what else is known, as text."""
+        ...
 
 
 @contextmanager

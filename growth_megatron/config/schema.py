@@ -103,6 +103,7 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary up to the next multiple of ``vocab_multiple``."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
@@ -136,6 +137,7 @@ class ParallelConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
+        """Ranks that hold one model between them."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
@@ -241,6 +243,8 @@ class EvaluationConfig(Section):
 
 
 class WandbConfig(Section):
+    """Where wandb files the run."""
+
     project: str = "growth-megatron"
     name: str | None = None
 
@@ -312,6 +316,7 @@ class StageConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
         return self.training.global_batch_size * self.model.sequence_length
 
     @property

@@ -44,10 +44,12 @@ def count(number: float | None) -> str:
 
 
 def size(number: float | None) -> str:
+    """Bytes in binary units; n/a for None."""
     return "n/a" if number is None else format_bytes(number)
 
 
 def fixed(number: float | None, digits: int = 4) -> str:
+    """A number with so many digits behind the point; n/a for None."""
     return "n/a" if number is None else f"{number:.{digits}f}"
 
 

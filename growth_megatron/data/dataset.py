@@ -46,6 +46,8 @@ class SampleSource(Protocol):
 
 
 class FiniteSource(SampleSource, Protocol):
+    """Samples by number, as many as its length says."""
+
     def __len__(self) -> int: ...
 
 
@@ -84,7 +86,8 @@ class Epoch(GPTDataset):
 
     @property
     def num_tokens(self) -> int:
-        return self._get_num_tokens_per_epoch()
+        """Tokens of one epoch."""
+        return int(self._get_num_tokens_per_epoch())
 
     def _build_document_sample_shuffle_indices(self) -> tuple[numpy.ndarray, numpy.ndarray, range]:
         arrays = cached_arrays(self._cache, self._key, self._build)
@@ -145,6 +148,7 @@ class Stream:
         self._blend = Blend(weights) if len(self.datasets) > 1 else None
 
     def locate(self, index: int) -> Location:
+        """Where sample ``index`` of the stream comes from. Raises IndexError below 0."""
         if index < 0:
             raise IndexError(f"sample {index} does not exist: samples are counted from 0")
         dataset, draw = self._blend.locate(index) if self._blend else (0, index)

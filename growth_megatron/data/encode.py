@@ -49,6 +49,7 @@ class Encoded:
 
 
 def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
+    """The type in which ids of such a vocabulary are stored."""
     return numpy.uint16 if vocab_size < UINT16_LIMIT else numpy.int32
 
 

@@ -50,6 +50,7 @@ class Description:
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
+        """Write the description as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 

@@ -79,10 +79,12 @@ class Tokenizer:
         return ids + self.encode_whole(text[start:])
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
         return str(self._processor.decode([int(token) for token in ids]))
 
     @property
     def sha256(self) -> str:
+        """Hash of the model file."""
         return tokenizer_sha256(self.path)
 
 

@@ -29,7 +29,8 @@ from growth_megatron.parallel.collectives import on_all_ranks, on_rank_zero
 @dataclasses.dataclass(frozen=True)
 class GrowthResult:
     """What a growth cost. ``bytes_written`` includes ``bytes_copied``, which is 0 where links could be made;
-    ``bytes_resumed`` had been written by an earlier attempt."""
+    ``bytes_resumed`` had been written by an earlier attempt.
+    """
 
     path: Path
     manifest: Manifest

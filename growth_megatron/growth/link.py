@@ -179,6 +179,7 @@ class Zeros:
 
     @property
     def content(self) -> bytes:
+        """The bytes of the file so far."""
         return self._content.getvalue()
 
     def slice_of(self, dtype: torch.dtype, sizes: torch.Size) -> _StorageInfo:

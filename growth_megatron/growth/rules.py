@@ -46,10 +46,12 @@ class AxisRule:
 
     @property
     def target_size(self) -> int:
+        """Coordinates of the target's axis."""
         return self.size if self.index is None else len(self.index)
 
     @property
     def is_identity(self) -> bool:
+        """Whether the axis is the source's own, unscaled."""
         return self.index is None and self.scale is None and self.gradient_scale is None
 
     @cached_property
@@ -119,10 +121,12 @@ class TensorRule:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Global shape of the target tensor."""
         return tuple(axis.target_size for axis in self.axes)
 
     @property
     def source_shape(self) -> tuple[int, ...]:
+        """Global shape of the source tensor."""
         return tuple(axis.size for axis in self.axes)
 
     @property

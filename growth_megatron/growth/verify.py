@@ -12,7 +12,7 @@ its identity is still the recorded one, or else a checkpoint of its name beside 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,12 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
         return
     yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}")
     target = DistCheckpoint(checkpoint)
-    for subject, compare in (
+    comparisons: tuple[tuple[str, Callable[[], Result]], ...] = (
         ("tensors", lambda: _compare_tensors(origin.tensors, target, plan, record.optimizer_state, full)),
         ("optimizer", lambda: _compare_optimizer(origin, target, manifest, plan)),
         ("logits", lambda: _compare_logits(origin.tensors, target, plan)),
-    ):
+    )
+    for subject, compare in comparisons:
         try:
             outcome, text, figures = compare()
         except GrowthMegatronError as error:  # tensors that cannot be read, or are not those of the model

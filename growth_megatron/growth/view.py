@@ -53,9 +53,11 @@ class GrownSource:
         self._init = InitSource(plan.target_geometry, plan.seed)
 
     def keys(self) -> list[str]:
+        """All tensors of the grown model, under every prefix that the source has."""
         return list(self._rules)
 
     def spec(self, key: str) -> TensorSpec:
+        """Global shape of the target, type of the source. Raises GrowthError for a tensor that is not there."""
         prefix, rule = self._rule(key)
         dtype = self._dtypes[prefix] if rule.source is None else self._source.spec(prefix + rule.source).dtype
         return TensorSpec(rule.shape, dtype)

@@ -268,7 +268,8 @@ class WidthMaps:
 
     def _copied_heads(self) -> Heads:
         """Groups first, then heads inside the group; where a target group has fewer heads than its source, the copies
-        of a group share its heads out among them (GQA to MHA)."""
+        of a group share its heads out among them (GQA to MHA).
+        """
         source, target, order = self.source, self.target, self._choice.copy_order
         before, after = source.num_query_groups, target.num_query_groups
         heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after
@@ -299,7 +300,8 @@ class WidthMaps:
 
     def _added_heads(self) -> Heads:
         """New heads behind the old of each group, new groups behind the old. A new head in an old group attends to
-        values that are not zero, so under zero its columns in o are; in a new group the values are."""
+        values that are not zero, so under zero its columns in o are; in a new group the values are.
+        """
         source, target = self.source, self.target
         before, after = source.num_query_groups, target.num_query_groups
         heads_before, heads_after = source.num_attention_heads // before, target.num_attention_heads // after

@@ -64,6 +64,7 @@ class Row:
 
     @property
     def is_matrix(self) -> bool:
+        """Whether it has two axes, and so multiplies what it reads."""
         return len(self.axes) == 2
 
     @property
@@ -200,7 +201,8 @@ def row_of(key: str) -> Row:
 
 def stateless_objects(model: ModelConfig) -> list[str]:
     """Keys of the empty byte objects without which megatron-core's strict load refuses a checkpoint: one a module of a
-    layer with a matrix."""
+    layer with a matrix.
+    """
     modules = [row.name.rpartition(".")[0] for row in layer_rows(model) if row.is_matrix]
     return [
         layer_key(layer, f"{module}._extra_state/shard_0_1") for layer in range(model.num_layers) for module in modules

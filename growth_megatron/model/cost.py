@@ -31,6 +31,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
+        """All parameters."""
         return self.embedding + self.layers + self.final_norm + self.output
 
     @property
@@ -56,6 +57,7 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
+        """All that is counted for the rank."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 

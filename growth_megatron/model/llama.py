@@ -40,6 +40,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[s, b, h]``, or ``[s, b, n, d]`` over the channels of each head, normed along its last axis."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # [s, b, h]
 
 
@@ -186,7 +187,8 @@ def _scale_rotary(rotary: RotaryEmbedding, scaling: RopeScaling) -> None:
 
 def _mark_tensor_parallel(gpt: GPTModel) -> None:
     """Mark split weights as split: megatron-core does so only while it initialises them, and the gradient norm counts
-    an unmarked weight on tensor-parallel rank 0 alone."""
+    an unmarked weight on tensor-parallel rank 0 alone.
+    """
     for module in gpt.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             dim = 0

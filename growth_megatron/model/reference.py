@@ -95,7 +95,7 @@ def _attention(
         k = _norm(k, weights[K_NORM.name], geometry.norm_epsilon)
     scores = _rotate(q, rotation) @ _rotate(k, rotation).transpose(-1, -2) / d**0.5  # [b, g, q, s, s]
     future = torch.ones(sequence, sequence, dtype=torch.bool, device=x.device).triu(1)
-    attended = scores.masked_fill(future, float("-inf")).softmax(-1) @ v  # [b, g, q, s, d]
+    attended: torch.Tensor = scores.masked_fill(future, float("-inf")).softmax(-1) @ v  # [b, g, q, s, d]
     return attended.permute(0, 3, 1, 2, 4).reshape(batch, sequence, -1)
 
 

@@ -38,9 +38,13 @@ class TensorSpec:
 class TensorSource(Protocol):
     """Names global tensors and reads any region of one, lazily."""
 
-    def keys(self) -> list[str]: ...
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        ...
 
-    def spec(self, key: str) -> TensorSpec: ...
+    def spec(self, key: str) -> TensorSpec:
+        """Global shape and stored type of one."""
+        ...
 
     def read(self, key: str, region: Region) -> torch.Tensor:
         """The values of ``region`` of a tensor, in its stored type, on the CPU."""

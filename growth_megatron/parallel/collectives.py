@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
-    return outcome[0]
+    return cast(T, outcome[0])
 
 
 def on_all_ranks(function: Callable[[], T]) -> T:
@@ -85,7 +85,7 @@ def on_all_ranks(function: Callable[[], T]) -> T:
     for failed in all_gather(error):
         if failed is not None:
             raise failed
-    return value
+    return cast(T, value)
 
 
 def all_gather(value: T) -> list[T]:

@@ -90,7 +90,7 @@ def _allocate_state_before_state_dict(optimizer_class: Any) -> None:
     def state_dict(self: Any) -> dict[str, Any]:
         if not self.is_stub_optimizer:
             allocate_adam_state(self.optimizer)
-        return original(self)
+        return dict(original(self))
 
     optimizer_class.state_dict = state_dict
 

@@ -44,6 +44,7 @@ class StageSummary:
 
     @property
     def parameters(self) -> int | None:
+        """Parameters of the stage's model, where its geometry is known."""
         return None if self.geometry is None else parameter_count(ModelConfig(**self.geometry)).total
 
 

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from growth_megatron.config.units import count, duration, fixed, size
 
@@ -24,11 +25,19 @@ Record = Mapping[str, Any]
 
 
 class Console(Protocol):
-    def record(self, record: Record) -> None: ...
+    """What is shown while a run goes."""
 
-    def progress(self, step: int, stage: str) -> None: ...
+    def record(self, record: Record) -> None:
+        """Show a record of metrics.jsonl."""
+        ...
 
-    def close(self) -> None: ...
+    def progress(self, step: int, stage: str) -> None:
+        """A step is done that has no record."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        ...
 
 
 def open_console(stage_steps: Mapping[str, int], total_flops: float | None = None) -> Console:
@@ -61,6 +70,7 @@ class Position:
         self._flops_pace = Pace()
 
     def move(self, step: int, stage: str | int) -> None:
+        """Take the step and stage that the run is at."""
         name = list(self.stage_steps)[stage] if isinstance(stage, int) else stage
         if name != self.stage:  # another model, another speed
             self._pace, self._flops_pace = Pace(), Pace()
@@ -75,11 +85,13 @@ class Position:
 
     @property
     def stage_step(self) -> int:
+        """Steps done of the present stage."""
         names = list(self.stage_steps)
         return self.step - sum(self.stage_steps[name] for name in names[: names.index(self.stage)])
 
     @property
     def stage_length(self) -> int:
+        """Steps of the present stage."""
         return self.stage_steps[self.stage]
 
     def stage_eta_s(self, record: Record) -> float | None:
@@ -93,7 +105,7 @@ class Position:
             return self.stage_eta_s(record)
         if self.total_flops is None or not self._flops_pace.per_s:
             return None
-        return (self.total_flops - record["flops"]) / self._flops_pace.per_s
+        return float((self.total_flops - record["flops"]) / self._flops_pace.per_s)
 
 
 class Pace:
@@ -104,6 +116,7 @@ class Pace:
         self._last: tuple[float, float] | None = None
 
     def add(self, now: float, value: float) -> None:
+        """Take the count's value at a time, in seconds."""
         if self._last is not None and value > self._last[1] and now > self._last[0]:
             pace = (value - self._last[1]) / (now - self._last[0])
             self.per_s = pace if self.per_s is None else 0.8 * self.per_s + 0.2 * pace
@@ -182,12 +195,13 @@ def _tell(line: str) -> None:
     sys.stdout.flush()
 
 
-class LineConsole:
+class LineConsole(Console):
     """One aligned line a record, for logs and pipes."""
 
     def __init__(self, position: Position) -> None:
         self._position = position
 
+    @override
     def record(self, record: Record) -> None:
         if record["kind"] != "train":
             _tell(event_line(record))
@@ -203,14 +217,16 @@ class LineConsole:
             f"{_remaining(position, record)}"
         )
 
+    @override
     def progress(self, step: int, stage: str) -> None:
         pass
 
+    @override
     def close(self) -> None:
         pass
 
 
-class LiveConsole:
+class LiveConsole(Console):
     """Two bars and the last figures at the bottom of the terminal; events scroll by above them."""
 
     def __init__(self, output: RichConsole, position: Position) -> None:
@@ -219,6 +235,7 @@ class LiveConsole:
         self._last: Record = {}
         self._live: Live | None = None
 
+    @override
     def record(self, record: Record) -> None:
         if record["kind"] != "train":
             self._output.print(event_line(record), highlight=False, soft_wrap=True, markup=False)
@@ -227,6 +244,7 @@ class LiveConsole:
         self._position.measure(record)
         self.progress(record["step"], record["stage"])
 
+    @override
     def progress(self, step: int, stage: str) -> None:
         self._position.move(step, stage)
         if self._live is None:
@@ -234,6 +252,7 @@ class LiveConsole:
             self._live.start()
         self._live.update(self._view())
 
+    @override
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()

@@ -129,13 +129,15 @@ class Engine:
 
     def close(self) -> None:
         """Let go of model, buffers and optimizer state: the configuration ties them into a cycle through autograd's
-        hooks, which Python's collector cannot see through, so that they would live on beside the next stage's."""
+        hooks, which Python's collector cannot see through, so that they would live on beside the next stage's.
+        """
         config = self.models[0].config
         config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
         self.models, self.wrapped, self._optimizer = [], [], None
 
     @property
     def optimizer(self) -> MegatronOptimizer:
+        """The optimizer, once ``finish`` has built it."""
         assert self._optimizer is not None, "finish() has not been called"
         return self._optimizer
 

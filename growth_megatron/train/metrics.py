@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from growth_megatron.config.schema import LoggingConfig
 from growth_megatron.errors import DataError
@@ -48,27 +48,39 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 class Metrics(Protocol):
     """What the training loop talks to."""
 
-    def log(self, kind: str, **fields: Any) -> None: ...
+    def log(self, kind: str, **fields: Any) -> None:
+        """Take one record of a kind in ``FIELDS``."""
+        ...
 
-    def progress(self, step: int, stage: str) -> None: ...
+    def progress(self, step: int, stage: str) -> None:
+        """A step is done that has no record."""
+        ...
 
-    def rewind(self, step: int, *, before_growth: bool = False) -> None: ...
+    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+        """Forget what a resumed run is going to do again."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write out what is left, and end the outputs."""
+        ...
 
 
-class NullMetrics:
+class NullMetrics(Metrics):
     """For the ranks that do not log."""
 
+    @override
     def log(self, kind: str, **fields: Any) -> None:
         pass
 
+    @override
     def progress(self, step: int, stage: str) -> None:
         pass
 
+    @override
     def rewind(self, step: int, *, before_growth: bool = False) -> None:
         pass
 
+    @override
     def close(self) -> None:
         pass
 
@@ -146,6 +158,7 @@ class MetricsLogger:
             tracker.rewind(step)
 
     def close(self) -> None:
+        """End file, console and trackers."""
         self._close_file()
         self._console.close()
         for tracker in self._trackers:

@@ -81,18 +81,22 @@ class RunPlan:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all stages."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def flops(self) -> int:
+        """FLOPs of all stages, by ``flops_per_token``."""
         return sum(stage.flops for stage in self.stages)
 
     @property
     def flops_6nd(self) -> int:
+        """6 N D summed over the stages."""
         return sum(stage.flops_6nd for stage in self.stages)
 
 

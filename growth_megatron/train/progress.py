@@ -26,6 +26,7 @@ class Progress:
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Progress:
+        """The counters that a checkpoint was saved with."""
         return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
 
     def after_step(self, stage: StageConfig) -> Progress:
@@ -40,7 +41,9 @@ class Progress:
         )
 
     def ends_stage(self, config: RunConfig) -> bool:
+        """Whether the present stage has all its steps."""
         return self.stage_step >= config.stages[self.stage].num_steps
 
     def ends_run(self, config: RunConfig) -> bool:
+        """Whether the last stage has all its steps."""
         return self.ends_stage(config) and self.stage == len(config.stages) - 1

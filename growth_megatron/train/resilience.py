@@ -37,6 +37,7 @@ class StopRequest:
         self.signal_name = ""
 
     def install(self) -> None:
+        """Handle ``STOP_SIGNALS`` from now on."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
@@ -71,6 +72,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(HANG_TIMEOUT_S, repeat=True, file=self._log)
 
     def close(self) -> None:
+        """No more dumps."""
         faulthandler.cancel_dump_traceback_later()
 
 

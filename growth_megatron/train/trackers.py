@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from growth_megatron.config.schema import LoggingConfig, WandbConfig
 from growth_megatron.errors import ConfigError
 
@@ -21,11 +23,19 @@ _NOT_PLOTTED = ("kind", "step", "stage", "time")
 
 
 class Tracker(Protocol):
-    def record(self, record: Mapping[str, Any]) -> None: ...
+    """An output beside metrics.jsonl."""
 
-    def rewind(self, step: int) -> None: ...
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Take a record of metrics.jsonl."""
+        ...
 
-    def close(self) -> None: ...
+    def rewind(self, step: int) -> None:
+        """Steps after ``step`` are done again."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is left."""
+        ...
 
 
 def open_trackers(run_directory: Path, logging: LoggingConfig, config: Mapping[str, Any]) -> list[Tracker]:
@@ -67,7 +77,7 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Event files in RUN/tensorboard; on resume the steps that are done again are purged."""
 
     def __init__(self, run_directory: Path) -> None:
@@ -75,6 +85,7 @@ class TensorBoardTracker:
         self._purge_step: int | None = None
         self._writer: Any = None
 
+    @override
     def record(self, record: Mapping[str, Any]) -> None:
         step = record.get("step")
         if step is None:
@@ -89,16 +100,18 @@ class TensorBoardTracker:
             self._writer.add_text(record["kind"], str(record.get("message") or record.get("operator")), step)
         self._writer.flush()
 
+    @override
     def rewind(self, step: int) -> None:
         self._purge_step = step + 1
 
+    @override
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One wandb run, offline without an API key; its id in RUN/wandb_run_id makes a resumed run go on with it."""
 
     def __init__(self, run_directory: Path, options: WandbConfig, config: Mapping[str, Any]) -> None:
@@ -107,6 +120,7 @@ class WandbTracker:
         self._config = config
         self._run: Any = None
 
+    @override
     def record(self, record: Mapping[str, Any]) -> None:
         step = record.get("step")
         values = _scalars(record)
@@ -117,9 +131,11 @@ class WandbTracker:
         # As a value and not as wandb's own step, which never goes back: a resumed run repeats some steps.
         self._run.log({"step": step, **values})
 
+    @override
     def rewind(self, step: int) -> None:
         pass
 
+    @override
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()

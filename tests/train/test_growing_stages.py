@@ -1,5 +1,6 @@
 """Runs whose stages grow in width and depth: the loss goes on where it was, a kill in a growth changes nothing, the
-layout may change with the growth, and what grows says what it does."""
+layout may change with the growth, and what grows says what it does.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Multipliers of learning rate, weight decay and epsilon reach each parameter at every layout, survive a resume, and
-make a run grown in width follow the ungrown one."""
+make a run grown in width follow the ungrown one.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ class FileOperations:
     """Changes to the file system. Nothing here cleans up on the way: whoever comes next must cope with what is left."""
 
     def make_directory(self, path: Path) -> None:
+        """Make a folder and those above it; one that exists is left as it is."""
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, data: bytes) -> None:
@@ -38,6 +39,7 @@ class FileOperations:
         self.sync_directory(path.parent)
 
     def rename(self, source: Path, target: Path) -> None:
+        """Give a file or folder another name, replacing a file of that name."""
         os.rename(source, target)
 
     def link(self, source: Path, target: Path) -> bool:
@@ -65,6 +67,7 @@ class FileOperations:
         self.rename(partial, link)
 
     def sync_file(self, path: Path) -> None:
+        """Flush a file's content to the disk."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -76,4 +79,5 @@ class FileOperations:
         self.sync_file(path)
 
     def remove_tree(self, path: Path) -> None:
+        """Remove a folder with all that is in it."""
         shutil.rmtree(path)

@@ -100,6 +100,7 @@ class Manifest(_Strict):
 
     @property
     def total_bytes(self) -> int:
+        """Size of all files that the manifest answers for."""
         return sum(entry.size_bytes for entry in self.files.values())
 
 

@@ -43,6 +43,7 @@ class CheckpointName:
 
     @classmethod
     def parse(cls, name: str) -> CheckpointName | None:
+        """The step that a folder's name says; None for a name of another form."""
         match = _NAME.fullmatch(name)
         return cls(int(match[1]), match[2] is not None) if match else None
 
@@ -86,6 +87,7 @@ class RunDirectory:
         self._lock.enter_context(locked(lock, held))
 
     def checkpoint_path(self, step: int, grown: bool = False) -> Path:
+        """Folder of a step's checkpoint, whether it exists or not."""
         return self.checkpoints_path / str(CheckpointName(step, grown))
 
     def begin(self, step: int, grown: bool = False) -> Path:

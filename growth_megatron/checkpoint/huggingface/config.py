@@ -76,6 +76,7 @@ class TokenIds:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> TokenIds:
+        """The special ids that config.json names."""
         return cls(config.get("bos_token_id"), config.get("eos_token_id"), config.get("pad_token_id"))
 
 

@@ -53,9 +53,11 @@ class HuggingFaceCheckpoint:
         self._specs = {key: TensorSpec(shape, self._dtype(key)) for key, shape in self._shapes.items()}
 
     def keys(self) -> list[str]:
+        """All tensors by megatron-core's names, in the model's order."""
         return list(self._shapes)
 
     def spec(self, key: str) -> TensorSpec:
+        """Global shape and stored type. Raises CheckpointError for a tensor that is not there."""
         try:
             return self._specs[key]
         except KeyError:

@@ -147,4 +147,5 @@ def lay_out(name: str, tensors: Mapping[str, TensorSpec]) -> FileLayout:
 
 
 def tensor_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's values."""
     return math.prod(spec.shape) * spec.dtype.itemsize

@@ -111,6 +111,7 @@ class SentencePieceModel:
         return {role: self.pieces[number].piece for role, number in self._ids.items() if number >= 0}
 
     def id_or_none(self, role: str) -> int | None:
+        """Id of a role such as ``bos_token``; None if the model has none."""
         return self._ids[role] if self._ids[role] >= 0 else None
 
     @property

@@ -8,6 +8,7 @@ transformers is imported here and nowhere else, when it is asked for. It holds t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,10 @@ def check_tokenizer(folder: Path, tokenizer: Path) -> int:
 
 def _transformers() -> Any:
     """The library, told to say nothing but errors."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
+    library: Any = importlib.import_module("transformers")
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
 
 
 def _logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,11 @@ class ExportedWeights:
         }
 
     def keys(self) -> list[str]:
+        """All tensors of the model, in its order."""
         return list(self._shapes)
 
     def spec(self, key: str) -> TensorSpec:
+        """Global shape, and the type that is written."""
         return TensorSpec(self._shapes[key], self._dtype or self._source.spec(key).dtype)
 
     def read(self, key: str, region: Region) -> torch.Tensor:

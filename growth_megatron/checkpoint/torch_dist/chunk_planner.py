@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from typing_extensions import override
 
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.model.tensors import (
@@ -105,14 +106,17 @@ class ChunkPlanner(SavePlanner):
         self._source, self._objects, self._check_finite = source, objects, check_finite
         self._items, self._part = items, part
 
+    @override
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
         pass
 
+    @override
     def create_local_plan(self) -> SavePlan:
         return SavePlan(self._part)
 
+    @override
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         metadata = Metadata(
             {}, {item.index.fqn: (item.index.fqn,) for item in self._items}, None, StorageMeta(), "1.0.0"
@@ -128,6 +132,7 @@ class ChunkPlanner(SavePlanner):
             stored.chunks.append(tensor.chunk)
         return all_plans, metadata
 
+    @override
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
+from typing_extensions import override
 
 from growth_megatron.checkpoint.folder.commit import JOURNAL_FOLDER, JOURNAL_SUFFIX, UNFINISHED_FOLDER
 from growth_megatron.checkpoint.folder.files import FileOperations
@@ -141,18 +142,23 @@ class ParallelWriter(StorageWriter):
         self._stop = threading.Event()
         self._rank = 0
 
+    @override
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         raise NotImplementedError("one writer writes one checkpoint")
 
+    @override
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._rank = kwargs.get("rank") or 0
 
+    @override
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
+    @override
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return plans
 
+    @override
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         assert isinstance(planner, ChunkPlanner)
         self._done(0)
@@ -170,6 +176,7 @@ class ParallelWriter(StorageWriter):
         outcome.set_result([result for future in futures for result in future.result()])
         return outcome
 
+    @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         written = {result.index: result.storage_data for part in results for result in part}
         for kept in self._kept.values():
@@ -177,10 +184,12 @@ class ParallelWriter(StorageWriter):
         metadata.storage_data = written
         self._files.write(self._folder / METADATA_NAME, pickle.dumps(metadata))
 
+    @override
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
 
+    @override
     def storage_meta(self) -> StorageMeta | None:
         return None
 
@@ -236,6 +245,7 @@ class DataFile:
             self._file = open(self._path, "wb")  # noqa: SIM115 - closed by close()
 
     def append(self, item: WriteItem, data: torch.Tensor | io.BytesIO) -> WriteResult:
+        """Write an item at the end and say where it lies."""
         start = self.size
         with self._clear_errors():
             if isinstance(data, io.BytesIO):
@@ -292,6 +302,7 @@ class DataFile:
         return FinishedFile(entry, {index: place for index, (_, place) in self._items.items()})
 
     def close(self) -> None:
+        """Close the file as it stands; without ``finish`` it does not count."""
         self._file.close()
 
     @contextmanager

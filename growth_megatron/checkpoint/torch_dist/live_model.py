@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -33,19 +33,14 @@ from megatron.core.transformer.module import MegatronModule
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
+from growth_megatron.model.tensors import TensorSource
 
 FORMAT: Mapping[str, Any] = MappingProxyType(
     {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 )
 
 
-class ReadsRegions(Protocol):
-    """The part of a tensor source that a live model needs."""
-
-    def read(self, key: str, region: tuple[slice, ...]) -> torch.Tensor: ...
-
-
-def pour_into_model(source: ReadsRegions, chunks: Sequence[MegatronModule]) -> None:
+def pour_into_model(source: TensorSource, chunks: Sequence[MegatronModule]) -> None:
     """Fill every parameter of this rank's ``chunks`` with its region of ``source``; each rank reads only its shards."""
     with torch.no_grad():
         for shard in _tensor_shards(_model_state(chunks)):
@@ -92,7 +87,8 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        return self._queue.get_num_unfinalized_calls() > 0
+        """Whether a background save has not been finished yet."""
+        return bool(self._queue.get_num_unfinalized_calls() > 0)
 
 
 def load_into_model(

@@ -115,6 +115,7 @@ class DistCheckpoint:
                 self._tensors[key] = _Stored(key, stored)
 
     def keys(self) -> list[str]:
+        """All tensors, one key a layer."""
         return list(self._tensors)
 
     def object_keys(self) -> list[str]:
@@ -123,6 +124,7 @@ class DistCheckpoint:
         return [key for key, value in stored.items() if isinstance(value, BytesStorageMetadata)]
 
     def spec(self, key: str) -> TensorSpec:
+        """Global shape and stored type. Raises CheckpointError for a tensor that is not there."""
         stored = self._locate(key)
         shape = tuple(stored.entry.size) if stored.layer is None else tuple(stored.entry.size[1:])
         return TensorSpec(shape, stored.entry.properties.dtype)
@@ -168,7 +170,7 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.path} holds no tensor {key}; its keys: growth-megatron inspect") from None
 
     def _storage(self, index: MetadataIndex) -> _StorageInfo:
-        info = (self.metadata.storage_data or {}).get(index)
+        info: _StorageInfo | None = (self.metadata.storage_data or {}).get(index)
         if info is None:
             raise CheckpointError(f"{self.path}: {METADATA_NAME} does not say where {index.fqn} {index.offset} lies")
         return info

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from typing_extensions import override
 
 _SCRATCH_BYTES = 1 << 20
 _DIRECT_BYTES = 1 << 16
@@ -256,7 +257,7 @@ def _start(file: IO[bytes], record: zipfile.ZipInfo, length: int) -> int:
     header = file.read(_LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
         raise NotPlainError(f"{record.filename} has no header")
-    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    name_length, extra_length = map(int, _LOCAL_HEADER.unpack(header)[1:])
     start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     stored_as_is = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
     if not stored_as_is or record.flag_bits & 1 or start + record.file_size > length:
@@ -272,20 +273,25 @@ class FileSlice(io.RawIOBase):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._offset, self._length, self._position = offset, length, 0
 
+    @override
     def readable(self) -> bool:
         return True
 
+    @override
     def seekable(self) -> bool:
         return True
 
+    @override
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
         self._position = max(0, base + position)
         return self._position
 
+    @override
     def tell(self) -> int:
         return self._position
 
+    @override
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         wanted = min(len(view), max(0, self._length - self._position))
@@ -294,6 +300,7 @@ class FileSlice(io.RawIOBase):
         self._position += count
         return count
 
+    @override
     def close(self) -> None:
         if not self.closed:
             self._file.close()
