@@ -1,20 +1,17 @@
-"""The command line as users see it: a process each, or several commands in one fresh process to save imports."""
+"""The command line as users see it: every command in a fresh process.
+
+Owns: what a command left behind as an ``Outcome``. Does not own: the processes (``tests.pool``).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import subprocess
 import sys
-import traceback
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tests.ranks import ROOT, environment
-
-TIMEOUT_S = 240
+from tests.pool import ROOT, TIMEOUT_S, environment, pool
 
 
 @dataclass(frozen=True)
@@ -27,51 +24,26 @@ class Outcome:
 
 
 def run_command(*arguments: str, **variables: str) -> Outcome:
-    """``python -m growth_megatron ARGUMENTS`` in a process of its own, with ``variables`` in its environment."""
-    done = subprocess.run(
-        [sys.executable, "-m", "growth_megatron", *arguments],
-        cwd=ROOT,
-        env={**environment(), **variables},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    """``python -m growth_megatron ARGUMENTS`` in a forked process, with ``variables`` in its environment."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = pool.start("growth_megatron", arguments, {**environment(), **variables}, out, err)
+        in_time = pool.wait([process], TIMEOUT_S)
+        out.seek(0)
+        err.seek(0)
+        assert in_time, f"growth_megatron {arguments} ran past {TIMEOUT_S} s\n{out.read()}{err.read()}"
+        assert process.code is not None
+        return Outcome(process.code, out.read(), err.read())
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> list[Outcome]:
-    """The commands one after the other in one fresh process, which may start and end process groups each time."""
+    """The commands one after the other."""
+    return [run_command(*map(str, command)) for command in commands]
+
+
+def start_command(*arguments: str, **variables: str) -> Outcome:
+    """``run_command`` in a process that is really started, for what its start is to show."""
+    command = [sys.executable, "-m", "growth_megatron", *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.command_line"],
-        cwd=ROOT,
-        env=environment(),
-        input=json.dumps([list(map(str, command)) for command in commands]),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
+        command, cwd=ROOT, env={**environment(), **variables}, capture_output=True, text=True, timeout=TIMEOUT_S
     )
-    assert done.returncode == 0, done.stderr
-    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return [Outcome(**result) for result in results]
-
-
-def _main() -> None:
-    from growth_megatron.__main__ import main
-
-    results = []
-    for command in json.load(sys.stdin):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = main(command)
-            except SystemExit as leaving:
-                code = int(leaving.code or 0)
-            except Exception:
-                traceback.print_exc()
-                code = 1
-        results.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
-    print("\n" + json.dumps(results))
-
-
-if __name__ == "__main__":
-    _main()
+    return Outcome(done.returncode, done.stdout, done.stderr)

@@ -1,48 +1,37 @@
-"""Runs a function on several ranks under torchrun and brings back what each returned.
+"""Runs a function on several ranks and brings back what each returned.
 
-``run_ranks("tests.train.workers:losses", 2, {...})`` starts two processes on gloo on a free port, gives every rank the
-same JSON arguments, shows each rank's output if one fails, and ends them all after ``timeout_s``.
+``run_ranks("tests.train.workers:losses", 2, {...})`` forks two processes that join on gloo as under torchrun, gives
+every rank the same JSON arguments, shows each rank's output if one fails, and ends them all after ``timeout_s``.
+Does not own: the processes (``tests.pool``). ``torchrun`` is the real one, for tests of it.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.pool import ROOT, TIMEOUT_S, environment, how_it_ended, pool
+
+__all__ = ["ROOT", "environment", "run_ranks", "torchrun"]
 
 
-def free_port() -> int:
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    """Command line of a torchrun of ``ranks`` processes on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def environment() -> dict[str, str]:
-    """What every test process runs with: one thread a rank, this checkout first."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "200"}
-
-
-def torchrun(ranks: int, *arguments: str, log_folder: Path | None = None) -> list[str]:
-    """Command line of a torchrun of ``ranks`` processes on a free port."""
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    if log_folder is not None:
-        command += ["--redirects", "3", "--log-dir", str(log_folder)]
-    return [*command, *arguments]
+    return [*command, "--master-addr", "127.0.0.1", "--master-port", str(port), *arguments]
 
 
 def run_ranks(
-    target: str, ranks: int, arguments: dict[str, Any], timeout_s: float = 300, without: tuple[str, ...] = ()
+    target: str, ranks: int, arguments: dict[str, Any], timeout_s: float = TIMEOUT_S, without: tuple[str, ...] = ()
 ) -> list[Any]:
     """Results of ``module:function`` called with ``arguments`` on each rank, by rank.
 
@@ -50,41 +39,45 @@ def run_ranks(
 
     Raises: AssertionError with every rank's output if a rank fails or time runs out.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as open_files:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments))
-        arguments_line = ["-m", "tests.ranks", target, str(folder), *without]
-        if ranks == 1:  # as users run one rank
-            command = [sys.executable, *arguments_line]
-        else:
-            command = torchrun(ranks, *arguments_line, log_folder=folder / "logs")
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            printed, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise AssertionError(f"{target} on {ranks} ranks ran past {timeout_s} s\n{_outputs(folder)}") from None
-        if process.returncode:
-            raise AssertionError(f"{target} on {ranks} ranks failed\n{_outputs(folder)}\n{printed[-4000:]}")
+        outputs = [open_files.enter_context((folder / f"output_{rank}").open("w+")) for rank in range(ranks)]
+        store, variables = _rendezvous(ranks)
+        processes = [
+            pool.start("tests.ranks", [target, name, *without], {**environment(), **given}, output, output)
+            for given, output in zip(variables, outputs, strict=True)
+        ]
+        in_time = pool.wait(processes, timeout_s)
+        del store
+        if not in_time or any(process.code for process in processes):
+            reason = "failed" if in_time else f"ran past {timeout_s} s"
+            said = [
+                f"--- rank {rank}: {how_it_ended(process.code)}\n{(folder / f'output_{rank}').read_text()[-6000:]}"
+                for rank, process in enumerate(processes)
+            ]
+            raise AssertionError("\n".join([f"{target} on {ranks} ranks {reason}", *said]))
         return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _outputs(folder: Path) -> str:
-    parts = []
-    for file in sorted(folder.glob("logs/**/std*.log")):
-        text = file.read_text(errors="replace")
-        if text:
-            parts.append(f"--- rank {file.parent.name} {file.name}\n{text[-4000:]}")
-    return "\n".join(parts)
+def _rendezvous(ranks: int) -> tuple[Any, list[dict[str, str]]]:
+    """A store for the ranks to meet at, and the variables torchrun would set; one rank starts as users start it.
+
+    As torchrun does it: the store is ours, not rank 0's, so that its port is never free for others to take.
+    """
+    if ranks == 1:
+        return None, [{}]
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    return store, [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _main() -> None:
@@ -95,7 +88,7 @@ def _main() -> None:
     for repair in sys.argv[3:]:
         assert hasattr(megatron_fixes, repair)
         setattr(megatron_fixes, repair, lambda repaired: None)
-    process_groups.start(timeout_s=240)
+    process_groups.start(timeout_s=TIMEOUT_S)
     result = getattr(importlib.import_module(module), name)(**json.loads((folder / "arguments.json").read_text()))
     (folder / f"result_{collectives.rank_from_environment()}.json").write_text(json.dumps(result))
     process_groups.stop()
