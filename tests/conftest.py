@@ -23,7 +23,7 @@ VOCABULARY = 300
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules stay whole, for their fixtures; those that start ranks share one worker, so that one job runs at a time."""
+    """Modules stay whole, for their fixtures; those that start ranks share a worker: one job at a time."""
     for item in items:
         module = item.getparent(pytest.Module)
         assert module is not None
