@@ -22,15 +22,24 @@ class Outcome:
     out: str
     err: str
 
+    @property
+    def printed(self) -> str:
+        return self.out + self.err
+
 
 def run_command(*arguments: str, **variables: str) -> Outcome:
     """``python -m growth_megatron ARGUMENTS`` in a forked process, with ``variables`` in its environment."""
+    return run_module("growth_megatron", *arguments, **variables)
+
+
+def run_module(module: str, *arguments: str, **variables: str) -> Outcome:
+    """``python -m MODULE ARGUMENTS`` likewise."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = pool.start("growth_megatron", arguments, {**environment(), **variables}, out, err)
+        process = pool.start(module, arguments, {**environment(), **variables}, out, err)
         in_time = pool.wait([process], TIMEOUT_S)
         out.seek(0)
         err.seek(0)
-        assert in_time, f"growth_megatron {arguments} ran past {TIMEOUT_S} s\n{out.read()}{err.read()}"
+        assert in_time, f"{module} {arguments} ran past {TIMEOUT_S} s\n{out.read()}{err.read()}"
         assert process.code is not None
         return Outcome(process.code, out.read(), err.read())
 

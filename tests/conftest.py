@@ -1,4 +1,4 @@
-"""How tests are spread over workers and timed, and a small corpus, prepared once, for every test that trains.
+"""Bounds of time for no test, and a small corpus, prepared once, for every test that trains.
 
 Owns: what holds for the whole suite. Does not own: processes (``tests.pool``).
 """
@@ -13,22 +13,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 
-from tests.ranks import run_ranks, torchrun
-
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")  # a busy machine is no fault of what is tested
 
 VOCABULARY = 300
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules stay whole, for their fixtures; those that start ranks share a worker: one job at a time."""
-    for item in items:
-        module = item.getparent(pytest.Module)
-        assert module is not None
-        several = any(value in (run_ranks, torchrun) for value in vars(module.obj).values() if callable(value))
-        item.add_marker(pytest.mark.xdist_group("ranks" if several else module.nodeid))
 
 
 def pytest_collection_finish() -> None:

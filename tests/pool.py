@@ -43,7 +43,7 @@ LAST_WORDS_S = 2
 
 @dataclass
 class Process:
-    """One forked process; ``code`` is its exit code, negative for a signal, once ``Pool.wait`` has seen it end."""
+    """One forked process; ``code`` is its exit code, negative for a signal, once the pool has seen it end."""
 
     pid: int
     code: int | None = None
@@ -92,6 +92,12 @@ class Pool:
         finally:
             self._end(processes)
         return True
+
+    def ended(self, process: Process) -> bool:
+        """Whether it has, without waiting."""
+        while process.code is None and select.select([self._server()], [], [], 0)[0]:
+            self._answer()
+        return process.code is not None
 
     def _end(self, processes: Sequence[Process]) -> None:
         for process in processes:
@@ -194,6 +200,7 @@ def _run(files: list[int], module: str, arguments: list[str], environment: dict[
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [module, *arguments]
+    sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -7,18 +7,18 @@ Does not own: the processes (``tests.pool``). ``torchrun`` is the real one, for 
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import socket
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.pool import ROOT, TIMEOUT_S, environment, how_it_ended, pool
-
-__all__ = ["ROOT", "environment", "run_ranks", "torchrun"]
+from tests.pool import TIMEOUT_S, environment, how_it_ended, pool
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
@@ -40,6 +40,8 @@ def run_ranks(
     Raises: AssertionError with every rank's output if a rank fails or time runs out.
     """
     with tempfile.TemporaryDirectory() as name, ExitStack() as open_files:
+        if ranks > 1:
+            open_files.enter_context(_alone())
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments))
         outputs = [open_files.enter_context((folder / f"output_{rank}").open("w+")) for rank in range(ranks)]
@@ -58,6 +60,14 @@ def run_ranks(
             ]
             raise AssertionError("\n".join([f"{target} on {ranks} ranks {reason}", *said]))
         return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other job of several ranks of this checkout meanwhile: two would starve each other on few cores."""
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _rendezvous(ranks: int) -> tuple[Any, list[dict[str, str]]]:

@@ -10,4 +10,4 @@ export PATH=$venv/bin:$PATH
 
 echo "ruff" && ruff check .
 echo "mypy" && mypy
-echo "pytest" && python -m pytest -q -n 2 --dist loadgroup --durations=25 "$@"
+echo "pytest" && python -m pytest -q -n 2 --dist loadfile --durations=25 "$@"

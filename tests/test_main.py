@@ -19,8 +19,8 @@ from growth_megatron.__main__ import main, parser_for
 from growth_megatron.commands import COMMANDS
 from growth_megatron.errors import EXIT_NOTHING_VALID, EXIT_OK, EXIT_USAGE
 from tests.checkpoint.written import geometry, manifest_of, write_checkpoint
-from tests.command_line import Outcome, run_command, run_commands
-from tests.ranks import ROOT, environment
+from tests.command_line import Outcome, run_command, run_commands, start_command
+from tests.pool import ROOT, TIMEOUT_S, environment
 
 Content = dict[str, Any]
 Run = Callable[..., Outcome]
@@ -228,7 +228,7 @@ def _run_without_torch(*arguments: str) -> str:
     """What a command prints in a process of its own that must not load torch."""
     done = subprocess.run(
         [sys.executable, "-c", _IMPORTED, *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "[]"
@@ -255,7 +255,7 @@ def test_plan_grow_says_where_it_went(run: Run) -> None:
 def test_a_closed_pipe_is_no_fault(growing_config: Path) -> None:
     command = f"{sys.executable} -m growth_megatron plan {growing_config} --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -361,7 +361,7 @@ def test_report_of_no_run(run: Run, tmp_path: Path) -> None:
 
 
 def test_as_a_process_a_mistake_ends_with_2_and_one_line(growing_config: Path) -> None:
-    outcome = run_command("train", str(growing_config), "trainin.steps=5")
+    outcome = start_command("train", str(growing_config), "trainin.steps=5")
     assert outcome.code == EXIT_USAGE
     assert outcome.out == ""
     (line,) = outcome.err.splitlines()

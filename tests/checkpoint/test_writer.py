@@ -38,7 +38,8 @@ from growth_megatron.model.tensors import (
 )
 from tests.checkpoint.write_jobs import COMMON, ComputedSource, assert_holds, write
 from tests.checkpoint.written import extra_states, geometry, manifest_of, model_tensors, write_distributed
-from tests.ranks import ROOT, environment, run_ranks
+from tests.pool import ROOT, TIMEOUT_S, environment
+from tests.ranks import run_ranks
 
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -313,7 +314,7 @@ def test_a_real_write_error_is_said_and_hides_behind_no_other(tmp_path: Path) ->
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     ended = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
@@ -432,7 +433,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     folder = tmp_path_factory.mktemp("ranks")
     cases: dict[str, Any] = {name: {"target": str(folder / name), "fault": fault} for name, fault in FAILURES.items()}
     cases["good"] = {"target": str(folder / "good")}
-    return folder, run_ranks("tests.checkpoint.write_jobs:write_on_ranks", 2, {"cases": cases}, timeout_s=60)
+    return folder, run_ranks("tests.checkpoint.write_jobs:write_on_ranks", 2, {"cases": cases})
 
 
 def test_two_ranks_write_what_one_writes(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    run_ranks("tests.checkpoint.write_jobs:train_write_load", 2, {"folder": str(folder), "layouts": LAYOUTS}, 100)
+    run_ranks("tests.checkpoint.write_jobs:train_write_load", 2, {"folder": str(folder), "layouts": LAYOUTS})
     return folder
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.write_jobs import ComputedSource, assert_holds, write
 from tests.checkpoint.written import geometry
-from tests.ranks import ROOT, environment, run_ranks
+from tests.pool import environment, pool
+from tests.ranks import run_ranks
 
 MODEL = geometry(3)
 
@@ -228,25 +227,21 @@ def test_a_complete_attempt_is_committed_at_start_without_its_journal(
     assert_holds(final, ComputedSource(MODEL))
 
 
-def start(target: Path) -> subprocess.Popen[bytes]:
-    options = {"model": {"num_layers": 3}, "pause_s": 0.012, "file_bytes": 9000}
-    command = [sys.executable, "-m", "tests.checkpoint.write_jobs", str(target), json.dumps(options)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment())
-
-
 def test_processes_killed_at_random_moments_end_in_the_same_checkpoint(tmp_path: Path) -> None:
     """SIGKILL at a random time after the first data file is complete, again and again until an attempt gets through."""
     target, temporary = tmp_path / "a", temporary_path(tmp_path / "a")
     moments = random.Random(20)
+    # The pauses leave so much time that even a busy machine kills before the end.
+    options = {"model": {"num_layers": 3}, "pause_s": 0.04, "file_bytes": 9000}
+    arguments = [str(target), json.dumps(options)]
     kills, progress = 0, [0]
     while kills < 3:
-        process = start(target)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and len(data_files(temporary)) <= progress[-1] and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(moments.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with open(os.devnull, "w") as nothing:
+            process = pool.start("tests.checkpoint.write_jobs", arguments, environment(), nothing, nothing)
+            while not pool.ended(process) and len(data_files(temporary)) <= progress[-1]:
+                time.sleep(0.002)
+            time.sleep(moments.random() * 0.15)
+            pool.wait([process], timeout_s=0)
         if target.exists():
             break
         kills += 1
@@ -267,7 +262,7 @@ def test_two_ranks_go_on_from_what_one_completed_and_the_other_way_round(tmp_pat
         "resumed": {"target": str(tmp_path / "a")},
         "broken": {"target": str(tmp_path / "b"), "fault": [1, ComputedSource(MODEL).keys()[-1], 0, "raise"]},
     }
-    first, second = run_ranks("tests.checkpoint.write_jobs:write_on_ranks", 2, {"cases": cases}, timeout_s=60)
+    first, second = run_ranks("tests.checkpoint.write_jobs:write_on_ranks", 2, {"cases": cases})
     assert first["resumed"]["resumed"] == second["resumed"]["resumed"] > 0
     assert 0 == second["resumed"]["first"][0] < first["resumed"]["first"][0]  # rank 0 counts what was taken over
     assert done < data_files(tmp_path / "a")

@@ -1,12 +1,8 @@
-"""Started on one or more ranks: prints as JSON what a stage allocates, beside what the plan says.
-
-Usage: allocated.py TENSOR PIPELINE [CHUNKS]
-"""
+"""Run on one or more ranks: what a stage allocates, beside what the plan says."""
 
 from __future__ import annotations
 
-import json
-import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +10,7 @@ from megatron.core import parallel_state
 
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
 from growth_megatron.model.cost import head_saved_bytes, layer_saved_bytes, rank_memory
-from growth_megatron.parallel import collectives, process_groups
+from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
 
 SEQUENCE, BATCH, LAYERS = 64, 2, 4
@@ -98,18 +94,14 @@ def activations(config: StageConfig) -> list[int]:
     return [sum(seen.values()), planned + 8 * tokens.numel()]
 
 
-def main() -> None:
-    tensor, pipeline, chunks = (int(word) for word in (*sys.argv[1:], "1")[:3])
-    process_groups.start()
-    found: dict[str, object] = {"rank": collectives.rank_from_environment()}
-    for precision, tied in (("bf16", False), ("fp32", True)):
-        found[f"{precision} states"] = states(stage(tensor, pipeline, chunks, precision, "none", tied))
-        for recompute in ("none", "selective", "full") if dist.get_world_size() == 1 else ():
-            found[f"{precision} {recompute}"] = activations(stage(1, 1, 1, precision, recompute, False))
-    sys.stdout.write("FOUND " + json.dumps(found) + "\n")  # in one write, ranks share the pipe
-    sys.stdout.flush()
-    process_groups.stop()
-
-
-if __name__ == "__main__":
-    main()
+def allocated(layouts: list[list[int]]) -> list[dict[str, Any]]:
+    """Of this rank at each layout (tensor, pipeline, chunks): states, and on one rank alone activations."""
+    results = []
+    for tensor, pipeline, chunks in layouts:
+        found: dict[str, Any] = {}
+        for precision, tied in (("bf16", False), ("fp32", True)):
+            found[f"{precision} states"] = states(stage(tensor, pipeline, chunks, precision, "none", tied))
+            for recompute in ("none", "selective", "full") if dist.get_world_size() == 1 else ():
+                found[f"{precision} {recompute}"] = activations(stage(1, 1, 1, precision, recompute, False))
+        results.append(found)
+    return results

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from growth_megatron.config.document import dump, parse
 from growth_megatron.errors import ConfigError
 from growth_megatron.growth.configuration import load_config
+from tests.pool import TIMEOUT_S
 
 
 def test_one_stage_named_main_without_stages(write, valid):
@@ -169,7 +170,7 @@ def test_dumped_trees_parse_to_the_same_data(data):
 def test_configuration_and_plan_import_no_torch():
     modules = "growth_megatron.commands.plan_tables, growth_megatron.config.load"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT_S)
 
 
 def test_names_of_megatron_are_taken_for_ours(write, valid):

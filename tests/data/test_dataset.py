@@ -26,6 +26,7 @@ from growth_megatron.data.dataset import (
 )
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
+from tests.pool import TIMEOUT_S
 
 LENGTH = 32
 Prepare = Callable[[int, int], str]
@@ -196,7 +197,7 @@ def test_several_processes_build_one_index(blended: DataConfig, tmp_path: Path) 
     ]
     for process in processes:
         process.start()
-    hashes = {results.get(timeout=60) for _ in processes}
+    hashes = {results.get(timeout=TIMEOUT_S) for _ in processes}
     for process in processes:
         process.join()
     assert len(hashes) == 1

@@ -19,8 +19,6 @@ from growth_megatron.model.tensors import MOMENT_PREFIXES, split_state_key
 from tests.ranks import run_ranks
 from tests.workers import SMALL
 
-pytestmark = pytest.mark.timeout(900)  # the fixtures start torchrun six times
-
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1x1x1": (1, {}),
     "TP2": (2, {"tensor_parallel_size": 2}),
@@ -77,7 +75,7 @@ def reloaded(
                 copy = folder / f"{source}_{policy}_{target}"
                 keys.append((source, policy, target))
                 cases.append({"layout": layout, "model": GROWN, "source": str(path), "target": str(copy)})
-        outcomes = run_ranks("tests.workers:load_and_save_all", ranks, {"cases": cases}, timeout_s=600)
+        outcomes = run_ranks("tests.workers:load_and_save_all", ranks, {"cases": cases})
         for number, (key, case) in enumerate(zip(keys, cases, strict=True)):
             results[key] = Path(case["target"]), [outcome[number] for outcome in outcomes]
     return results

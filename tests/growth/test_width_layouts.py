@@ -24,8 +24,6 @@ from growth_megatron.model.tensors import MOMENT_PREFIXES, STATE_PREFIXES, split
 from tests.growth.width_workers import GROWTH, SEED, STEPS, plan
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(600)  # the fixture starts torchrun twice, once on four ranks
-
 ONE: dict[str, Any] = {}
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pool import TIMEOUT_S
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 MAIN = """
@@ -96,7 +98,7 @@ def start(script: str, trainer: Path, workers: str, *arguments: str, override: s
 
 def finish(process: Launched) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -107,7 +109,7 @@ def single(trainer: Path, workers: str, *arguments: str, **extra: str) -> tuple[
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never appeared"
         time.sleep(0.05)

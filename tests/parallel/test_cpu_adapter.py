@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.ranks import ROOT, environment
+from tests.pool import ROOT, environment
 
 UNCHANGED_UNDER_CUDA = """
 import torch

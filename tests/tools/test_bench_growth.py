@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.ranks import ROOT, environment
+from tests.pool import ROOT, TIMEOUT_S, environment
 
 SCRIPT = str(ROOT / "tools" / "bench_growth.py")
 
@@ -16,7 +16,7 @@ def test_a_quick_run_measures_every_part_and_leaves_nothing_behind(tmp_path: Pat
     figures_file, folder = tmp_path / "figures.json", tmp_path / "scratch"
     folder.mkdir()
     command = [sys.executable, SCRIPT, "--quick", "--directory", str(folder), "--output", str(figures_file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(figures_file.read_text())
     assert figures["link"]["written_bytes"] < 1e6

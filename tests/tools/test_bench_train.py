@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.ranks import ROOT, environment, torchrun
+from tests.command_line import run_module
+from tests.pool import ROOT, TIMEOUT_S, environment
+from tests.ranks import torchrun
 
 SCRIPT = str(ROOT / "tools" / "bench_train.py")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def test_a_quick_run_on_two_ranks_measures_all_three_parts(tmp_path: Path) -> None:
@@ -32,6 +33,6 @@ def test_a_quick_run_on_two_ranks_measures_all_three_parts(tmp_path: Path) -> No
 
 
 def test_a_growth_that_does_not_fit_the_layout_is_refused(tmp_path: Path) -> None:
-    done = _run([sys.executable, SCRIPT, "--quick", "--factor", "3"])
-    assert done.returncode == 2
-    assert "give another factor" in done.stderr
+    done = run_module("tools.bench_train", "--quick", "--factor", "3", PYTHONPATH=str(ROOT / "tools"))
+    assert done.code == 2
+    assert "give another factor" in done.err

@@ -22,9 +22,8 @@ from growth_megatron.growth.configuration import load_config
 from growth_megatron.growth.verify import verify_checkpoints
 from tests.command_line import run_commands
 from tests.conftest import write_growing_config
-from tests.ranks import ROOT, environment, run_ranks, torchrun
-
-pytestmark = pytest.mark.timeout(600)  # one rank trains seven short runs, two ranks four
+from tests.pool import ROOT, TIMEOUT_S, environment
+from tests.ranks import run_ranks, torchrun
 
 FIRST, SECOND = 4, 8
 """Steps of the two growths."""
@@ -209,7 +208,7 @@ def test_a_checkpoint_grown_by_hand_by_any_number_of_ranks_trains_on_as_it_says(
     options += ["--set", *settings, "shares=uneven", "cancelling_noise=1.0"]
     done = subprocess.run(
         torchrun(2, "-m", "growth_megatron", "grow", str(source), str(by_two), *options),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("grew ") == 1

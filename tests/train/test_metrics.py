@@ -16,6 +16,7 @@ from growth_megatron.errors import ConfigError, DataError
 from growth_megatron.train import trackers
 from growth_megatron.train.console import LineConsole, LiveConsole, Position, event_line
 from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
+from tests.pool import TIMEOUT_S
 
 STAGES = {"base": 20, "grown": 40}
 
@@ -267,7 +268,7 @@ def test_wandb_is_offline_without_a_key_and_goes_on_with_the_same_run(
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
     ids = []
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path)], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path)], check=True, timeout=TIMEOUT_S)
         ids.append((tmp_path / "wandb_run_id").read_text())
     assert ids[0] == ids[1]
     runs = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))

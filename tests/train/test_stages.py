@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 
 from growth_megatron.checkpoint.folder.manifest import read_manifest
+from tests.command_line import Outcome, run_command
 from tests.conftest import write_growing_config
-from tests.ranks import ROOT, environment, run_ranks
+from tests.pool import ROOT, TIMEOUT_S, environment, pool
+from tests.ranks import run_ranks
 
 TP2 = ["parallel.tensor_parallel_size=2"]
 PP2 = ["parallel.pipeline_parallel_size=2"]
@@ -48,21 +51,14 @@ def _train(ranks: int, config: Path, *runs: list[str]) -> list[int]:
     return run_ranks("tests.workers:train_all", ranks, arguments)[0]
 
 
-def _command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "growth_megatron", "train", str(config), *overrides]
-
-
-def _run(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = _command(config, *overrides)
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-    )
+def _run(config: Path, *overrides: str) -> Outcome:
+    return run_command("train", str(config), *overrides)
 
 
 def _start(config: Path, *overrides: str) -> subprocess.Popen[str]:
     """The run in a process session of its own, its output to be read."""
     return subprocess.Popen(
-        _command(config, *overrides),
+        [sys.executable, "-m", "growth_megatron", "train", str(config), *overrides],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -149,15 +145,13 @@ def test_background_saves_give_the_same_checkpoints(reference: Path, growing_con
 
 def _kill_during_save(config: Path, run: Path, step: int) -> None:
     """Start the run and kill all its processes with SIGKILL once the checkpoint of ``step`` is being written."""
-    process = _start(config, f"run.directory={run}")
-    writing = run / "checkpoints" / f".tmp_step_{step:08d}"
-    deadline = time.monotonic() + 120
-    while not writing.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    arguments = ["train", str(config), f"run.directory={run}"]
+    with tempfile.TemporaryFile("w+") as output:
+        process = pool.start("growth_megatron", arguments, environment(), output, output)
+        while not (run / "checkpoints" / f".tmp_step_{step:08d}").exists():
+            assert not pool.ended(process), "the run ended before it could be killed"
+            time.sleep(0.0005)
+        pool.wait([process], timeout_s=0)
 
 
 def test_a_run_killed_during_a_save_resumes_from_the_last_good_checkpoint(
@@ -167,10 +161,10 @@ def test_a_run_killed_during_a_save_resumes_from_the_last_good_checkpoint(
     _kill_during_save(growing_config, run, 4)
     assert not (run / "checkpoints" / "step_00000004").exists()
     again = _run(growing_config, f"run.directory={run}")
-    assert again.returncode == 0, again.stdout
-    assert "removed .tmp_step_00000004" in again.stdout
-    assert "resuming from" in again.stdout
-    assert "step_00000002 (step 2)" in again.stdout
+    assert again.code == 0, again.printed
+    assert "removed .tmp_step_00000004" in again.printed
+    assert "resuming from" in again.printed
+    assert "step_00000002 (step 2)" in again.printed
     assert _losses(run) == _losses(reference)
 
 
@@ -182,10 +176,10 @@ def test_a_truncated_file_is_noticed_and_the_checkpoint_before_it_taken(
     data = max((run / "checkpoints" / "step_00000008").glob("*.distcp"), key=lambda file: file.stat().st_size)
     data.write_bytes(data.read_bytes()[:-100])
     again = _run(growing_config, f"run.directory={run}")
-    assert again.returncode == 0, again.stdout
-    assert "skipped" in again.stdout
-    assert data.name in again.stdout
-    assert "step_00000006_grown (step 6)" in again.stdout
+    assert again.code == 0, again.printed
+    assert "skipped" in again.printed
+    assert data.name in again.printed
+    assert "step_00000006_grown (step 6)" in again.printed
     assert _losses(run) == _losses(reference)
 
 
@@ -194,8 +188,8 @@ def test_when_nothing_valid_is_left_the_run_ends_with_77(growing_config: Path, r
     _copy_until(reference, run, 2)
     (run / "checkpoints" / "step_00000002" / "manifest.json").unlink()
     ended = _run(growing_config, f"run.directory={run}")
-    assert ended.returncode == 77, ended.stdout
-    assert "Traceback" not in ended.stdout
+    assert ended.code == 77, ended.printed
+    assert "Traceback" not in ended.printed
 
 
 @pytest.mark.parametrize("whole_job", [False, True], ids=["to the rank", "to every process of the job"])
@@ -215,10 +209,10 @@ def test_a_signal_stops_the_run_with_75_and_the_same_command_ends_it(
             else:
                 process.send_signal(signal.SIGTERM)
             break
-    printed += process.communicate(timeout=120)[0]
+    printed += process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == 75, printed
     assert "SIGTERM" in printed
-    assert _run(growing_config, f"run.directory={run}").returncode == 0
+    assert _run(growing_config, f"run.directory={run}").code == 0
     assert _losses(run) == _losses(reference)
 
 
@@ -232,9 +226,9 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_it_taken(
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
     again = _run(growing_config, f"run.directory={run}")
-    assert again.returncode == 0, again.stdout
-    assert data.name in again.stdout
-    assert "step_00000002 (step 2)" in again.stdout
+    assert again.code == 0, again.printed
+    assert data.name in again.printed
+    assert "step_00000002 (step 2)" in again.printed
     assert _losses(run) == _losses(reference)
 
 
@@ -247,7 +241,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_saved_of_
     message = run_ranks("tests.workers:train_into_nan", 1, arguments)[0]
     assert "the gradient norm nan at step 4" in message
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002"]
-    assert _run(growing_config, f"run.directory={run}").returncode == 0
+    assert _run(growing_config, f"run.directory={run}").code == 0
 
 
 def test_a_stages_model_and_optimizer_are_gone_when_the_next_stage_is_built() -> None:
@@ -276,13 +270,13 @@ def test_other_data_or_another_model_are_refused_on_resume(
     run = tmp_path / "changed"
     _copy_until(reference, run, 4)
     other_seed = _run(growing_config, f"run.directory={run}", "run.seed=4")
-    assert other_seed.returncode == 2
-    assert "data.seed: 3 in the checkpoint, 4 now" in other_seed.stdout
+    assert other_seed.code == 2
+    assert "data.seed: 3 in the checkpoint, 4 now" in other_seed.printed
     other_model = _run(growing_config, f"run.directory={run}", "stages.base.model.num_layers=4")
-    assert other_model.returncode == 2
-    assert "num_layers 2 -> 4" in other_model.stdout
-    assert "growth-megatron grow" in other_model.stdout
-    assert "Traceback" not in other_seed.stdout + other_model.stdout
+    assert other_model.code == 2
+    assert "num_layers 2 -> 4" in other_model.printed
+    assert "growth-megatron grow" in other_model.printed
+    assert "Traceback" not in other_seed.printed + other_model.printed
 
 
 def test_a_changed_learning_rate_takes_effect_and_is_shown(
@@ -291,20 +285,20 @@ def test_a_changed_learning_rate_takes_effect_and_is_shown(
     run = tmp_path / "rate"
     _copy_until(reference, run, 4)
     resumed = _run(growing_config, f"run.directory={run}", "schedule.learning_rate=0.001", "schedule.kind=constant")
-    assert resumed.returncode == 0, resumed.stdout
-    assert "stages.0.schedule.learning_rate: 0.003 -> 0.001" in resumed.stdout
+    assert resumed.code == 0, resumed.printed
+    assert "stages.0.schedule.learning_rate: 0.003 -> 0.001" in resumed.printed
     assert {r["learning_rate"] for r in _records(run) if r["step"] in (5, 6)} == {0.001}
 
 
 def test_a_second_job_in_the_same_run_is_turned_away(growing_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "shared"
-    process = _start(growing_config, f"run.directory={run}", "stages.grown.training.steps=1000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step  " in line:
-            break
-    second = _run(growing_config, f"run.directory={run}")
-    process.kill()
-    process.communicate()
-    assert second.returncode == 2, second.stdout
-    assert "another job is running" in second.stdout
+    arguments = ["train", str(growing_config), f"run.directory={run}", "stages.grown.training.steps=1000"]
+    with (tmp_path / "printed").open("w") as output:
+        process = pool.start("growth_megatron", arguments, environment(), output, output)
+        while "step  " not in (tmp_path / "printed").read_text():
+            assert not pool.ended(process), "the run ended before another could start"
+            time.sleep(0.01)
+        second = _run(growing_config, f"run.directory={run}")
+        pool.wait([process], timeout_s=0)
+    assert second.code == 2, second.printed
+    assert "another job is running" in second.printed
