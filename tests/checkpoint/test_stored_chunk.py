@@ -27,6 +27,7 @@ from growth_megatron.model.tensors import (
     SECOND_MOMENT_PREFIX,
     TensorSpec,
     WithFreshOptimizer,
+    read_state,
     whole,
 )
 from tests.checkpoint.written import geometry, model_tensors, write_checkpoint, write_distributed
@@ -325,8 +326,8 @@ def test_fresh_optimizer_state_is_the_weight_and_zeros_that_cost_nothing() -> No
     assert set(source.keys()) == set(model_tensors(geometry(2)))
     for key, weight in weights.items():
         everything = whole(tuple(weight.shape))
-        assert torch.equal(source.read(key, everything), weight)
-        master = source.read(MASTER_PREFIX + key, everything)
+        again, master = read_state(source, key, everything, ("", MASTER_PREFIX))
+        assert torch.equal(again, weight)
         assert master.dtype == torch.float32
         assert torch.equal(master, weight.float())
         assert source.spec(key) == TensorSpec(tuple(weight.shape), torch.bfloat16)

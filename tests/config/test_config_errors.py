@@ -184,9 +184,7 @@ stages.grown stages.grown.growth stages.grown.growth.layers stages.grown.name st
 """
 
 
-@settings(
-    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(_KEYS.split()), _values), max_size=4))
 def test_whatever_is_set_it_loads_or_is_a_config_error(write, valid, changes):
     with contextlib.suppress(ConfigError):
