@@ -12,6 +12,7 @@ COMMANDS = {
     "inspect": "Say what a checkpoint holds: progress, geometry, layout, lineage, tensors.",
     "verify": "Check that a checkpoint, or every checkpoint of a run, is whole, and a grown one what its growth gives.",
     "import-hf": "Write a Hugging Face LLaMA (config.json, safetensors) as a checkpoint that train resumes from.",
+    "import-megatron": "Take over a checkpoint of megatron-core or Megatron-LM, with its optimizer state, by links.",
     "export-hf": "Write a checkpoint as a Hugging Face LlamaForCausalLM, with its tokenizer.",
     "train-tokenizer": "Train a SentencePiece tokenizer (BPE, byte fallback).",
     "prepare-data": "Tokenize text (.txt, .jsonl, also .gz and .zst; folders) into Megatron's .bin and .idx.",

@@ -125,4 +125,6 @@ def _link(
     growth: CheckedGrowth, target: Path, manifest: Manifest, common: Mapping[str, Any], files: FileOperations
 ) -> Linked:
     assert growth.links is not None
-    return link_checkpoint(growth.origin, growth.links, target, manifest, common, files)
+    return link_checkpoint(
+        growth.origin.path, growth.origin.extra_files(), growth.links, target, manifest, common, files
+    )

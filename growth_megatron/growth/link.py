@@ -15,7 +15,7 @@ import dataclasses
 import io
 import logging
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from growth_megatron.checkpoint.folder.commit import begin_folder, commit_folder
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
 from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, same_file_system
-from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME, METADATA_NAME, DistCheckpoint, is_stacked
 from growth_megatron.checkpoint.torch_dist.writer import FORMAT, FORMAT_NAME, saved
 from growth_megatron.errors import CheckpointError
@@ -101,11 +100,18 @@ def plan_links(
 
 
 def link_checkpoint(
-    origin: Origin, links: LinkPlan, target: Path, grown: Manifest, common: Mapping[str, Any], files: FileOperations
+    source: Path,
+    copied: Iterable[str],
+    links: LinkPlan,
+    target: Path,
+    grown: Manifest,
+    common: Mapping[str, Any],
+    files: FileOperations,
 ) -> Linked:
-    """Write the checkpoint ``target`` over the files of ``origin``; atomic, and safe to repeat after a kill.
+    """Write the checkpoint ``target`` over the files of ``source``; atomic, and safe to repeat after a kill.
 
     Args:
+        copied: names of small files that go on as they are.
         grown, common: the target's, as ``growth.lineage`` gives them.
 
     Raises:
@@ -113,14 +119,14 @@ def link_checkpoint(
     """
     check_replaceable(target)
     data_bytes = sum(entry.size_bytes for entry in links.data_files.values())
-    if not same_file_system(origin.path, target):
-        _check_room(origin.path, target, data_bytes)
+    if not same_file_system(source, target):
+        _check_room(source, target, data_bytes)
     folder = begin_folder(target, files)
-    was_copied = _link_or_copy(origin.path, folder, target, links.data_files, files)
+    was_copied = _link_or_copy(source, folder, target, links.data_files, files)
     if links.zeros:
         files.write(folder / links.zeros_name, links.zeros)
-    for name in origin.extra_files():
-        files.copy(origin.path / name, folder / name)
+    for name in copied:
+        files.copy(source / name, folder / name)
     files.write(folder / FORMAT_NAME, FORMAT)
     files.write(folder / COMMON_NAME, saved(dict(common)))
     files.write(folder / METADATA_NAME, links.metadata)

@@ -3,7 +3,7 @@
 Owns: the calls of ``megatron.core.dist_checkpointing`` and the format options that go with them.
 Does not own: folders, manifests and which checkpoint is taken (``checkpoint.folder.run_directory``).
 
-The format is torch_dist with one key per layer and optimizer state as global tensors per parameter
+What is saved is torch_dist with one key per layer and optimizer state as global tensors per parameter
 (``fully_reshardable``): the only one that loads at another tensor- or pipeline-parallel size, and the one that growth
 rules apply to.
 """
@@ -100,11 +100,13 @@ def load_into_model(
 
     Raises: CheckpointError naming the tensors that do not fit.
     """
-    model = _model_state(chunks)
+    stored = DistCheckpoint(directory)
+    form = {**FORMAT, "non_homogeneous_layers": not stored.is_stacked}
+    model = _model_state(chunks, form)
     state: dict[str, Any] = {"model": model}
-    _check_shapes(directory, _tensor_shards(model))
+    _check_shapes(stored, _tensor_shards(model))
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(FORMAT))
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(form))
     strategy: Any = get_default_load_sharded_strategy(str(directory))
     if parallel_state.get_data_parallel_world_size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
@@ -116,9 +118,9 @@ def load_into_model(
         optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _model_state(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
+def _model_state(chunks: Sequence[MegatronModule], form: Mapping[str, Any] = FORMAT) -> dict[str, Any]:
     # A dictionary of its own for each call: megatron-core stores the process groups of the moment in it.
-    return {f"chunk{i}": chunk.sharded_state_dict(metadata=dict(FORMAT)) for i, chunk in enumerate(chunks)}
+    return {f"chunk{i}": chunk.sharded_state_dict(metadata=dict(form)) for i, chunk in enumerate(chunks)}
 
 
 def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
@@ -132,18 +134,18 @@ def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
             raise TypeError(f"unexpected {type(value).__name__} in a model's sharded state")
 
 
-def _check_shapes(directory: Path, shards: Iterator[ShardedTensor]) -> None:
+def _check_shapes(stored: DistCheckpoint, shards: Iterator[ShardedTensor]) -> None:
     """megatron-core pads embedding and output on a mismatch without a word; compare before it can."""
-    stored = DistCheckpoint(directory)
-    known, wrong = set(stored.keys()), []
+    wrong = []
     for shard in shards:
-        if shard.key not in known:
+        entry = stored.metadata.state_dict_metadata.get(shard.key)
+        here, there = tuple(shard.global_shape), tuple(getattr(entry, "size", ()))
+        if entry is None:
             wrong.append(f"{shard.key}: not in the checkpoint")
-        elif tuple(stored.spec(shard.key).shape) != tuple(shard.global_shape):
-            here, there = tuple(shard.global_shape), tuple(stored.spec(shard.key).shape)
+        elif here != there:
             wrong.append(f"{shard.key}: the model has {here}, the checkpoint {there}")
     if wrong:
         raise CheckpointError(
-            f"{directory} does not hold this model: {listed(wrong)}. "
+            f"{stored.path} does not hold this model: {listed(wrong)}. "
             "Set model: to the checkpoint's geometry (growth-megatron inspect), or grow it with growth-megatron grow."
         )

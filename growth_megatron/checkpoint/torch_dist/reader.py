@@ -123,6 +123,21 @@ class DistCheckpoint:
         stored = self.metadata.state_dict_metadata
         return [key for key, value in stored.items() if isinstance(value, BytesStorageMetadata)]
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layers of a tensor are stored along its first axis."""
+        return any(stored.layer is not None for stored in self._tensors.values())
+
+    def data_files(self) -> list[str]:
+        """Relative names of the files that hold its tensors.
+
+        Raises:
+            CheckpointError: one outside of the folder.
+        """
+        tensors = {stored.key for stored in self._tensors.values()}
+        infos = [info for index, info in (self.metadata.storage_data or {}).items() if index.fqn in tensors]
+        return sorted({self._data_path(info).relative_to(self.path).as_posix() for info in infos})
+
     def spec(self, key: str) -> TensorSpec:
         """Global shape and stored type. Raises CheckpointError for a tensor that is not there."""
         stored = self._locate(key)
