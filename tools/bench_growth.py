@@ -210,7 +210,10 @@ def bench_depth(root: Path, model: ModelConfig, repeats: int) -> Figures:
 
 
 def widened(model: ModelConfig, **options: Any) -> GrowthPlan:
-    factors = {key: 2 * getattr(model, key) for key in ("hidden_size", "num_attention_heads", "ffn_hidden_size")}
+    factors = {
+        key: 2 * getattr(model, key)
+        for key in ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    }
     return plan_growth(model, model.model_copy(update=factors), GrowthConfig(operator="split", **options))
 
 
@@ -393,7 +396,10 @@ def table(figures: Figures) -> list[str]:
 
 def measure(options: argparse.Namespace, root: Path) -> Figures:
     tiny = TINY if options.quick else {}
-    depth, width = (model.model_copy(update=tiny) for model in (DEPTH, WIDTH))
+    depth, width = (
+        ModelConfig(**{**model.model_dump(exclude={"num_query_groups", "head_dim"}), **tiny})
+        for model in (DEPTH, WIDTH)
+    )
     repeats = 1 if options.quick else options.repeats
     measures: dict[str, Callable[[Path], Figures]] = {
         "link": lambda folder: bench_link(folder, depth, repeats),

@@ -200,12 +200,15 @@ class Weights:
         self._tensors, self._keys = tensors, list(tensor_shapes(geometry))
 
     def keys(self) -> list[str]:
+        """Names of the weights, in the model's order."""
         return list(self._keys)
 
     def spec(self, key: str) -> TensorSpec:
+        """Shape and type as stored."""
         return self._tensors.spec(key)
 
     def read(self, key: str, region: Region) -> torch.Tensor:
+        """The values of ``region`` as stored."""
         return self._tensors.read(key, region)
 
 
