@@ -49,8 +49,8 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="growth-megatron",
         description="Pretrain LLaMA models on megatron-core and grow them while they train.",
         epilog="exit codes: 0 done; 1 run-time fault; 2 bad configuration, usage or input; 75 stopped early and saved, "
-        "give the same command again; 76 the next stage needs another world size (RUN/next_layout.json); 77 saved "
-        "state exists but none of it is valid; 130 interrupted at the keyboard",
+        "re-run the same command to resume; 76 the next stage needs another world size (RUN/next_layout.json); 77 "
+        "saved state exists but none of it is valid; 130 interrupted at the keyboard",
     )
     parser.add_argument("--version", action="version", version=f"growth-megatron {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")

@@ -18,7 +18,7 @@ Examples
     GROWTH_MEGATRON_REQUEUE=1 bash launch/torchrun.sh CONFIG.yaml
 
 Exit codes: those of `growth-megatron train`: 0 done, 1 fault, 2 bad configuration, 75 stopped early and saved (run the
-same command again), 76 the next stage needs a world size that this node does not have, 77 no valid saved state left.
+same command to resume), 76 the next stage needs a world size that this node does not have, 77 no valid saved state left.
 A stage that needs another number of processes, up to PROCESSES, is started here with it.
 
 Environment

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from growth_megatron.checkpoint.torch_dist.live_model import pour_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import load_from_source
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
@@ -47,7 +47,7 @@ def fresh_engine(stage: StageConfig, seed: int = 7) -> Iterator[Engine]:
     """An engine at ``stage``'s layout with initial weights of ``seed``."""
     process_groups.set_layout(stage.parallel, seed)
     engine = Engine(stage)
-    pour_into_model(InitSource(stage.model, seed), engine.models)
+    load_from_source(InitSource(stage.model, seed), engine.models)
     engine.finish()
     yield engine
     engine.close()
@@ -120,20 +120,20 @@ def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps
     from growth_megatron.checkpoint.folder.manifest import Manifest, library_version
     from growth_megatron.checkpoint.folder.run_directory import RunDirectory
     from growth_megatron.checkpoint.torch_dist.live_model import Saver
-    from growth_megatron.train.progress import Progress
+    from growth_megatron.train.counters import Counters
 
     stage = stage_of(layout, model)
     run = RunDirectory(Path(directory))
     with fresh_engine(stage) as engine:
-        progress = Progress()
+        counters = Counters()
         for step in range(steps):
             engine.train_step(batches(step, stage), 1e-3)
-            progress = progress.after_step(stage)
+            counters = counters.after_step(stage)
         folder = collectives.on_rank_zero(lambda: run.begin(steps))
         Saver().save(folder, engine.models, engine.optimizer, in_background=False)
         manifest = Manifest(
             library_version=library_version(),
-            **dataclasses.asdict(progress),
+            **dataclasses.asdict(counters),
             geometry=stage.model,
             layout=stage.parallel,
             world_size=torch.distributed.get_world_size(),
@@ -236,7 +236,7 @@ def logits(models: list[dict[str, Any]], tokens: list[int]) -> list[list[list[fl
     for model in models:
         stage = stage_of({}, model)
         with fresh_engine(stage) as engine, torch.no_grad():
-            pour_into_model(Varied(stage.model, 7), engine.models)
+            load_from_source(Varied(stage.model, 7), engine.models)
             ids = torch.tensor([tokens])
             output = engine.models[0](ids, torch.arange(len(tokens))[None], None)  # [b, s, v]
             results.append(output[0].tolist())

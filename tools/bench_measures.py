@@ -26,7 +26,7 @@ from rich.console import Console as RichConsole
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
-from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, config_hash
 from growth_megatron.config.schema import RunConfig, StageConfig
@@ -40,10 +40,10 @@ from growth_megatron.model.cost import flops_per_token, rank_memory
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.console import Console, LiveConsole, Position, open_console
+from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
-from growth_megatron.train.progress import Progress
 from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def build(stage: StageConfig, seed: int) -> Engine:
 def fresh(stage: StageConfig, seed: int) -> Engine:
     """A stage's engine with initial weights."""
     engine = build(stage, seed)
-    pour_into_model(InitSource(stage.model, seed), engine.models)
+    load_from_source(InitSource(stage.model, seed), engine.models)
     engine.finish()
     return engine
 
@@ -213,7 +213,7 @@ def train_against_bare(bench: Bench, engine: Engine) -> Figures:
         def run_train() -> None:
             clock.ends.clear()
             samples = len(train) * stage.num_steps * stage.training.global_batch_size
-            StageLoop(context, engine, None, Progress(consumed_samples=samples)).run()
+            StageLoop(context, engine, None, Counters(consumed_samples=samples)).run()
             train.append(steps_of(clock.ends))
 
         def run_bare() -> None:
@@ -329,7 +329,7 @@ class Growth:
         """Seconds of each part of one save and resume, with a growth between them or without."""
         stage = 0 if grows else 1
         context = self.bench.context(self.stages, f"growth/{number}_{stage}", NullMetrics())
-        directory, at_end = context.directory, Progress(step=1, stage=stage, stage_step=1)
+        directory, at_end = context.directory, Counters(step=1, stage=stage, stage_step=1)
         times: Figures = {}
         # At a stage's end all that is left for run() to do is to save.
         times["save"], _ = timed(StageLoop(context, self.engines[stage], None, at_end).run)

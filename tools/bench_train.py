@@ -105,7 +105,7 @@ def load_bench(options: argparse.Namespace, folder: Path) -> Bench:
     check_world_size(loaded.config, list(stages).index(name), dist.get_world_size())
     turns, steps = (1, 2) if options.quick else (options.turns, options.steps)
     wanted = stages[name]
-    chunks = wanted.parallel.pipeline_parallel_size * wanted.parallel.chunks
+    chunks = wanted.parallel.pipeline_parallel_size * wanted.parallel.model_chunks
     if "growth" not in options.skip and wanted.model.num_layers % (options.factor * chunks):
         raise ConfigError(
             f"--factor {options.factor} does not leave a multiple of {chunks} of the model's {wanted.model.num_layers} "

@@ -98,7 +98,7 @@ def _layout_table(plan: RunPlan, style: box.Box) -> Table:
             str(parallel.tensor_parallel_size),
             "on" if parallel.sequence_parallel else "off",
             str(parallel.pipeline_parallel_size),
-            str(parallel.chunks),
+            str(parallel.model_chunks),
             str(stage.data_parallel_size),
             str(stage.micro_batches),
             f"{stage.bubble_to_ideal:.1%}",

@@ -51,7 +51,7 @@ def _batch_problems(stage: StageConfig, data_parallel_size: int) -> list[str]:
             f"{data_parallel_size} = {unit}; set it to {_nearest_multiples(batch, unit)}"
         ]
     micro_batches = batch // unit
-    if stage.parallel.chunks > 1 and micro_batches % pipeline:
+    if stage.parallel.model_chunks > 1 and micro_batches % pipeline:
         return [
             f"training.global_batch_size {batch} gives {micro_batches} micro-batches per step, but a virtual pipeline "
             f"needs a multiple of pipeline_parallel_size {pipeline}; set it to "

@@ -45,7 +45,7 @@ def layout_line(layout: ParallelConfig, world_size: int) -> str:
     """The layout a checkpoint was saved at, in one line."""
     data = world_size // layout.model_parallel_size
     sequence = " +SP" if layout.sequence_parallel else ""
-    virtual = f" VPP {layout.chunks}" if layout.chunks > 1 else ""
+    virtual = f" VPP {layout.model_chunks}" if layout.model_chunks > 1 else ""
     return (
         f"TP {layout.tensor_parallel_size}{sequence} PP {layout.pipeline_parallel_size}{virtual} DP {data} "
         f"({world_size} rank{'s' if world_size != 1 else ''}); any other layout can load it"

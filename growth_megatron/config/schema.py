@@ -124,14 +124,14 @@ class ParallelConfig(Section):
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             text = "needs tensor_parallel_size > 1; set it to false or raise tensor_parallel_size"
             problems.append(("sequence_parallel", text))
-        if self.chunks > 1 and self.pipeline_parallel_size == 1:
+        if self.model_chunks > 1 and self.pipeline_parallel_size == 1:
             text = "needs pipeline_parallel_size > 1; remove it or raise pipeline_parallel_size"
             problems.append(("virtual_pipeline_parallel_size", text))
         refuse(problems)
         return self
 
     @property
-    def chunks(self) -> int:
+    def model_chunks(self) -> int:
         """Model chunks per pipeline rank (1 without virtual pipelining)."""
         return self.virtual_pipeline_parallel_size or 1
 
@@ -295,7 +295,11 @@ class StageConfig(Section):
         return [("parallel.tensor_parallel_size", text)]
 
     def _pipeline_problems(self) -> list[tuple[str, str]]:
-        pipeline, chunks, layers = self.parallel.pipeline_parallel_size, self.parallel.chunks, self.model.num_layers
+        pipeline, chunks, layers = (
+            self.parallel.pipeline_parallel_size,
+            self.parallel.model_chunks,
+            self.model.num_layers,
+        )
         if layers % (pipeline * chunks) == 0:
             return []
         stages = f"pipeline_parallel_size {pipeline}"

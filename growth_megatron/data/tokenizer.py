@@ -18,10 +18,10 @@ import sentencepiece
 from growth_megatron.data.corpus import Source, list_sources, read_documents
 from growth_megatron.errors import DataError
 
-MAX_SENTENCE_BYTES = 1 << 14  # SentencePiece drops a longer line without a word, so longer ones are cut
+MAX_SENTENCE_BYTES = 1 << 14  # SentencePiece silently drops a longer line, so longer ones are cut
 # The number of threads is written into the model file and changes nothing else in it: one constant keeps files equal.
 TRAINING_THREADS = 16
-CHUNK, LONG_TEXT = 1 << 13, 1 << 23  # characters
+SHORT_TEXT, LONG_TEXT = 1 << 13, 1 << 23  # characters
 
 
 class Tokenizer:
@@ -47,7 +47,7 @@ class Tokenizer:
         if self.eos_id < 0:
             raise DataError(f"tokenizer {self.path} has no end-of-sentence piece, which separates documents")
 
-        self._longest = CHUNK if self._lines_are_independent() else LONG_TEXT
+        self._longest = SHORT_TEXT if self._lines_are_independent() else LONG_TEXT
 
     def _lines_are_independent(self) -> bool:
         """Whether a text cut after a newline gives the same ids: no piece holds one, and none is put in front."""

@@ -104,13 +104,13 @@ def checkpoint_bytes(model: ModelConfig, training: TrainingConfig) -> int:
 
 def bubble_to_ideal(parallel: ParallelConfig, micro_batches: int) -> float:
     """Idle over useful time of a pipeline, (p - 1) / (m v)."""
-    return (parallel.pipeline_parallel_size - 1) / (micro_batches * parallel.chunks)
+    return (parallel.pipeline_parallel_size - 1) / (micro_batches * parallel.model_chunks)
 
 
 def bubble_fraction(parallel: ParallelConfig, micro_batches: int) -> float:
     """Share of a step that each pipeline rank idles, (p - 1) / (m v + p - 1)."""
     idle = parallel.pipeline_parallel_size - 1
-    return idle / (micro_batches * parallel.chunks + idle)
+    return idle / (micro_batches * parallel.model_chunks + idle)
 
 
 def rank_parameters(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) -> int:
@@ -161,7 +161,7 @@ def layers_in_flight(parallel: ParallelConfig, num_layers: int, pipeline_rank: i
     1F1B has p - rank micro-batches under way, the interleaved schedule 2 (p - rank - 1) + (v - 1) p + 1 passes
     through a chunk of L / (p v) layers (megatron-core's warm-up and the one that follows); never more than there are.
     """
-    size, chunks = parallel.pipeline_parallel_size, parallel.chunks
+    size, chunks = parallel.pipeline_parallel_size, parallel.model_chunks
     passes = size - pipeline_rank
     if chunks > 1:
         passes = 2 * (size - pipeline_rank - 1) + (chunks - 1) * size + 1

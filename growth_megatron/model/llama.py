@@ -83,7 +83,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
     """megatron-core's configuration of this geometry at this layout."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    interleaved = parallel.chunks > 1
+    interleaved = parallel.model_chunks > 1
     recompute_options: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
@@ -114,7 +114,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.chunks if interleaved else None,
+        virtual_pipeline_model_parallel_size=parallel.model_chunks if interleaved else None,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         pipeline_dtype=dtype,
@@ -136,14 +136,14 @@ def build_model_chunks(model: ModelConfig, parallel: ParallelConfig, training: T
     Needs megatron-core's process groups for ``parallel``. The weights come from a tensor source afterwards.
     """
     config = transformer_config(model, parallel, training)
-    return [_build_chunk(config, model, parallel, chunk) for chunk in range(parallel.chunks)]
+    return [_build_model_chunk(config, model, parallel, chunk) for chunk in range(parallel.model_chunks)]
 
 
-def _build_chunk(config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, chunk: int) -> GPTModel:
-    vp_stage = chunk if parallel.chunks > 1 else None
+def _build_model_chunk(config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, chunk: int) -> GPTModel:
+    vp_stage = chunk if parallel.model_chunks > 1 else None
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     first = pipeline_rank == 0 and chunk == 0
-    last = pipeline_rank == parallel.pipeline_parallel_size - 1 and chunk == parallel.chunks - 1
+    last = pipeline_rank == parallel.pipeline_parallel_size - 1 and chunk == parallel.model_chunks - 1
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

@@ -51,7 +51,7 @@ def start(timeout_s: float = 1800.0) -> bool:
 
 def set_layout(parallel: ParallelConfig, seed: int) -> None:
     """Build megatron-core's groups for ``parallel``; those of an earlier, other layout end with their communicators."""
-    virtual = parallel.chunks if parallel.chunks > 1 else None
+    virtual = parallel.model_chunks if parallel.model_chunks > 1 else None
     wanted = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, virtual)
     if parallel_state.model_parallel_is_initialized() and _current_layout() != wanted:
         _end_layout()

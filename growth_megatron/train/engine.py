@@ -111,7 +111,7 @@ class Engine:
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
-            no_sync = [chunk.no_sync for chunk in self.wrapped]
+            no_sync = [model.no_sync for model in self.wrapped]
             config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
     def _overrides(self, config: OptimizerConfig) -> dict[ParamKey, Any]:
@@ -159,8 +159,8 @@ class Engine:
 
         ``stop_requested`` of any rank comes back on all of them, so that all leave at the same step.
         """
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
+        for model in self.wrapped:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(batches, forward_only=False)
         self.set_optimizer_settings(learning_rate)
@@ -184,12 +184,12 @@ class Engine:
         """All parameters complete on every rank, also where their gathering is deferred to the next forward."""
         deferred = self.stage.parallel.overlap_param_gather
         if deferred:
-            for chunk in self.wrapped:
-                chunk.disable_forward_pre_hook()
+            for model in self.wrapped:
+                model.disable_forward_pre_hook()
         yield
         if deferred:
-            for chunk in self.wrapped:
-                chunk.enable_forward_pre_hook()
+            for model in self.wrapped:
+                model.enable_forward_pre_hook()
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> list[torch.Tensor]:
         iterators = [iter(batches) for _ in self.wrapped]
@@ -205,16 +205,16 @@ class Engine:
         return [output["sums"] for output in outputs]  # empty except on the last pipeline stage
 
 
-def _parameter_keys(chunks: Sequence[GPTModel]) -> Iterator[tuple[torch.nn.Parameter, str]]:
+def _parameter_keys(models: Sequence[GPTModel]) -> Iterator[tuple[torch.nn.Parameter, str]]:
     """This rank's parameters and the keys under which checkpoints hold them.
 
     The sharded state knows them: it renames gains, numbers layers over the whole model, and gives the second copy of
     a tied embedding, on the last pipeline stage, the key of the first.
     """
-    for chunk in chunks:
-        state = nested_values(chunk.sharded_state_dict(metadata=dict(FORMAT)))
+    for model in models:
+        state = nested_values(model.sharded_state_dict(metadata=dict(FORMAT)))
         keys = {id(part.data): part.key for part in state if isinstance(part, (ShardedTensor, ShardedTensorFactory))}
-        for param in chunk.parameters():
+        for param in model.parameters():
             yield param, keys[id(param)]
 
 

@@ -26,10 +26,10 @@ from growth_megatron.data.loader import BatchLoader, validation_batches
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.parallel import collectives
+from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
 from growth_megatron.train.metrics import Metrics
-from growth_megatron.train.progress import Progress
 from growth_megatron.train.resilience import StopRequest, Watchdog
 from growth_megatron.train.schedule import learning_rate, schedule_position
 
@@ -51,7 +51,7 @@ class RunContext:
 
 @dataclasses.dataclass
 class _Pending:
-    """A checkpoint that is being written or summed, and not yet committed."""
+    """A checkpoint that is being written or checksummed, and not yet committed."""
 
     folder: Path
     manifest: Manifest
@@ -63,15 +63,15 @@ class _Pending:
 class StageLoop:
     """Trains one stage. Every method is called on all ranks alike."""
 
-    def __init__(self, context: RunContext, engine: Engine, start: Manifest | None, progress: Progress) -> None:
-        self.context, self.engine, self.progress = context, engine, progress
+    def __init__(self, context: RunContext, engine: Engine, start: Manifest | None, counters: Counters) -> None:
+        self.context, self.engine, self.counters = context, engine, counters
         self.config = context.loaded.config
         self.stage: StageConfig = engine.stage
         self._lineage = start.lineage if start else ()
         self._saver = Saver()
         self._pending: _Pending | None = None
         self._summing = ThreadPoolExecutor(1, thread_name_prefix="checksums")
-        self._saved_step = progress.step if start else -1
+        self._saved_step = counters.step if start else -1
         self._evaluated_step, self._validation_loss = -1, float("nan")
         self._validation = self._validation_batches()
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
@@ -94,15 +94,15 @@ class StageLoop:
         with loader:
             stopped = collectives.any_rank(self.context.stop.requested)
             self._restart_window()
-            while not stopped and not self.progress.ends_stage(self.config):
+            while not stopped and not self.counters.ends_stage(self.config):
                 stopped = self._step(loader)
-        ended = self.progress.ends_stage(self.config)
+        ended = self.counters.ends_stage(self.config)
         if not ended:
-            self.context.metrics.log("event", step=self.progress.step, event="stop", message=self._stop_message())
-        elif self._evaluated_step != self.progress.step:
+            self.context.metrics.log("event", step=self.counters.step, event="stop", message=self._stop_message())
+        elif self._evaluated_step != self.counters.step:
             self.validate()
         self._commit_pending(wait=True)
-        if self._saved_step != self.progress.step and self.progress.step > 0:
+        if self._saved_step != self.counters.step and self.counters.step > 0:
             self._save(in_background=False)
         self._summing.shutdown()
         return ended
@@ -112,13 +112,13 @@ class StageLoop:
         if not self._validation:
             return None
         loss = self.engine.evaluate(self._validation)
-        self._evaluated_step, self._validation_loss = self.progress.step, loss
+        self._evaluated_step, self._validation_loss = self.counters.step, loss
         self.context.metrics.log(
             "validation",
-            step=self.progress.step,
+            step=self.counters.step,
             stage=self.stage.name,
-            consumed_tokens=self.progress.consumed_tokens,
-            flops=self.progress.flops,
+            consumed_tokens=self.counters.consumed_tokens,
+            flops=self.counters.flops,
             validation_loss=loss,
         )
         self.context.watchdog.alive()
@@ -127,17 +127,17 @@ class StageLoop:
 
     def _step(self, loader: BatchLoader) -> bool:
         started = time.perf_counter()
-        batches = [_to_device(batch) for batch in loader.micro_batches(self.progress.consumed_samples)]
+        batches = [_to_device(batch) for batch in loader.micro_batches(self.counters.consumed_samples)]
         self._window_data_s += time.perf_counter() - started
-        position, total = schedule_position(self.config, self.progress.stage, self.progress.stage_step)
+        position, total = schedule_position(self.config, self.counters.stage, self.counters.stage_step)
         rate = learning_rate(self.stage.schedule, position, total)
         result = self.engine.train_step(batches, rate, self.context.stop.requested)
-        self.progress = self.progress.after_step(self.stage)
+        self.counters = self.counters.after_step(self.stage)
         self._window_steps += 1
         self.context.watchdog.alive()
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise GrowthMegatronError(
-                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {self.progress.step}; "
+                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {self.counters.step}; "
                 "nothing was saved of it. Lower "
                 "schedule.learning_rate or lengthen schedule.warmup_steps and give the command again: it goes on from "
                 "the last checkpoint"
@@ -145,17 +145,17 @@ class StageLoop:
         if self._due(self.config.logging.interval_steps):
             self._report(result.loss, result.grad_norm, rate)
         else:
-            self.context.metrics.progress(self.progress.step, self.stage.name)
+            self.context.metrics.progress(self.counters.step, self.stage.name)
         if self._due(self.config.evaluation.interval_steps):
             self.validate()
         self._commit_pending(wait=False)
-        last = result.stop_requested or self.progress.ends_stage(self.config)  # run() saves there, after validation
+        last = result.stop_requested or self.counters.ends_stage(self.config)  # run() saves there, after validation
         if self._due(self.config.checkpoint.interval_steps) and not last:
             self._save(self.config.checkpoint.async_save)
         return result.stop_requested
 
     def _due(self, interval: int | None) -> bool:
-        return interval is not None and self.progress.step % interval == 0
+        return interval is not None and self.counters.step % interval == 0
 
     def _report(self, loss: float, grad_norm: float, rate: float) -> None:
         now = time.perf_counter()
@@ -166,12 +166,12 @@ class StageLoop:
         peak = self._peak_flops_per_s()
         self.context.metrics.log(
             "train",
-            step=self.progress.step,
+            step=self.counters.step,
             stage=self.stage.name,
-            stage_step=self.progress.stage_step,
-            consumed_tokens=self.progress.consumed_tokens,
-            consumed_samples=self.progress.consumed_samples,
-            flops=self.progress.flops,
+            stage_step=self.counters.stage_step,
+            consumed_tokens=self.counters.consumed_tokens,
+            consumed_samples=self.counters.consumed_samples,
+            flops=self.counters.flops,
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=rate,
@@ -197,7 +197,7 @@ class StageLoop:
     def _save(self, in_background: bool) -> None:
         self._commit_pending(wait=True)
         started = time.perf_counter()
-        directory, step = self.context.directory, self.progress.step
+        directory, step = self.context.directory, self.counters.step
         folder: Path = collectives.on_rank_zero(lambda: directory.begin(step))
         with self.engine.gathered_parameters():
             self._saver.save(folder, self.engine.models, self.engine.optimizer, in_background)
@@ -213,7 +213,7 @@ class StageLoop:
         pending = self._pending
         if pending is None or (self._saver.busy and not self._saver.finished(wait)):
             return
-        if pending.checksums is None:  # just written; summed beside training
+        if pending.checksums is None:  # just written; checksummed beside training
             pending.checksums = self._summing.submit(_checksum_own_files, pending.folder)
         if not wait and collectives.any_rank(not pending.checksums.done()):
             return
@@ -221,7 +221,7 @@ class StageLoop:
         directory, settings = self.context.directory, self.config.checkpoint
 
         def commit() -> tuple[Path, int]:
-            # Files of no rank in particular are summed here.
+            # Files of no rank in particular are checksummed here.
             (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
             path = directory.commit(pending.manifest, checksums=checksums)
             directory.apply_retention(settings.keep_last, settings.keep_every_steps)
@@ -243,7 +243,7 @@ class StageLoop:
     def _manifest(self) -> Manifest:
         return Manifest(
             library_version=library_version(),
-            **dataclasses.asdict(self.progress),
+            **dataclasses.asdict(self.counters),
             geometry=self.stage.model,
             layout=self.stage.parallel,
             world_size=self.context.world_size,
@@ -251,7 +251,7 @@ class StageLoop:
             config_hash=self.context.loaded.hash,
             multipliers=dict(self.engine.multipliers),
             lineage=self._lineage,
-            validation_loss=self._validation_loss if self._evaluated_step == self.progress.step else None,
+            validation_loss=self._validation_loss if self._evaluated_step == self.counters.step else None,
         )
 
     def _validation_batches(self) -> list[Batch]:
@@ -265,14 +265,14 @@ class StageLoop:
                 parallel_state.get_data_parallel_world_size(),
             )
         )
-        if self.stage.parallel.chunks > 1:
+        if self.stage.parallel.model_chunks > 1:
             # The interleaved schedule takes micro-batches by the pipeline size; the filling counts for nothing.
             empty = {**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])}
             batches += [empty] * (-len(batches) % self.stage.parallel.pipeline_parallel_size)
         return [_to_device(batch) for batch in batches]
 
     def _stop_message(self) -> str:
-        return f"stopped early on request at step {self.progress.step}; the same command goes on from here"
+        return f"stopped early on request at step {self.counters.step}; re-run the same command to resume"
 
 
 def _checksum_own_files(folder: Path) -> dict[str, FileEntry]:

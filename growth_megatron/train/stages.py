@@ -5,7 +5,7 @@ Does not own: what a resumed run checks (``train.resume``), steps within a stage
 
 The state of a run is its newest valid checkpoint and nothing else. Every turn of the walk looks at that checkpoint: in
 the middle of a stage it goes on training, at a stage's end it grows, at the run's end it is done. So a run killed
-anywhere goes on with the same command, and growing mid-run takes the very path of resuming.
+anywhere resumes when the same command is re-run, and growing mid-run takes the very path of resuming.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
-from growth_megatron.checkpoint.torch_dist.live_model import load_into_model, pour_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.lines import describe_options, geometry_changes
@@ -40,10 +40,10 @@ from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
+from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
-from growth_megatron.train.progress import Progress
 from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
 from growth_megatron.train.resume import NEXT_LAYOUT_NAME, contents_are_sound, open_run
 
@@ -101,44 +101,44 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
     before: tuple[int, int] | None = None
     while True:
         manifest = choice.manifest
-        progress = Progress.of_manifest(manifest) if manifest else Progress()
-        if before is not None and (progress.stage, progress.stage_step) <= before:
+        counters = Counters.of_manifest(manifest) if manifest else Counters()
+        if before is not None and (counters.stage, counters.stage_step) <= before:
             raise CheckpointError(
                 f"the checkpoint just written is not to be seen: the newest valid one is {choice.path}. Does the file "
-                "system of run.directory show all nodes the same files? The same command goes on from there"
+                "system of run.directory show all nodes the same files? Re-run the same command to resume"
             )
-        before = progress.stage, progress.stage_step
-        if progress.ends_run(config):
-            context.metrics.log("event", step=progress.step, event="done", message=_done_message(context, progress))
+        before = counters.stage, counters.stage_step
+        if counters.ends_run(config):
+            context.metrics.log("event", step=counters.step, event="done", message=_done_message(context, counters))
             return EXIT_OK
-        if manifest is not None and progress.ends_stage(config):
+        if manifest is not None and counters.ends_stage(config):
             growth = _grow(context, choice, manifest)
         else:
-            wanted = required_world_size(config, progress.stage, context.world_size)
+            wanted = required_world_size(config, counters.stage, context.world_size)
             if wanted != context.world_size:
-                return collectives.on_rank_zero(partial(_hand_over, context, progress, wanted))
-            if not _train_stage(context, choice, progress, growth):
+                return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
+            if not _train_stage(context, choice, counters, growth):
                 return EXIT_STOPPED_EARLY
             growth = None
         choice = collectives.on_rank_zero(lambda: context.directory.choose_resume("must"))
 
 
-def _train_stage(context: RunContext, choice: ResumeChoice, progress: Progress, growth: GrowthResult | None) -> bool:
+def _train_stage(context: RunContext, choice: ResumeChoice, counters: Counters, growth: GrowthResult | None) -> bool:
     """Build the stage at its layout, load it and train it. False if stopped early."""
-    config, stage = context.loaded.config, context.loaded.config.stages[progress.stage]
+    config, stage = context.loaded.config, context.loaded.config.stages[counters.stage]
     process_groups.set_layout(stage.parallel, config.run.seed)
     engine = Engine(stage, choice.manifest.multipliers if choice.manifest else {})
     if choice.path is None:
-        pour_into_model(InitSource(stage.model, config.run.seed), engine.models)
+        load_from_source(InitSource(stage.model, config.run.seed), engine.models)
         engine.finish()
     else:
         engine.finish()
         load_into_model(choice.path, engine.models, engine.optimizer)
-    context.metrics.log("event", step=progress.step, event="stage", message=_stage_message(context, progress, choice))
+    context.metrics.log("event", step=counters.step, event="stage", message=_stage_message(context, counters, choice))
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)
-        context.metrics.log("event", step=progress.step, event="multipliers", message=message)
-    loop = StageLoop(context, engine, choice.manifest, progress)
+        context.metrics.log("event", step=counters.step, event="multipliers", message=message)
+    loop = StageLoop(context, engine, choice.manifest, counters)
     context.watchdog.alive()
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
         loop.note_loss_after_growth(_record_growth(context, choice.path, choice.manifest, loop, growth))
@@ -277,21 +277,21 @@ def _rewind(context: RunContext, choice: ResumeChoice) -> None:
         return
     if manifest.data_fingerprint is not None:
         check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint))
-    progress = Progress.of_manifest(manifest)
-    ends_stage = progress.ends_stage(context.loaded.config)
+    counters = Counters.of_manifest(manifest)
+    ends_stage = counters.ends_stage(context.loaded.config)
     collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
 
 
-def _hand_over(context: RunContext, progress: Progress, world_size: int) -> int:
+def _hand_over(context: RunContext, counters: Counters, world_size: int) -> int:
     """Say which world size the next stage needs, for the launcher and for people."""
-    stage = context.loaded.config.stages[progress.stage]
+    stage = context.loaded.config.stages[counters.stage]
     layout = {"stage": stage.name, "world_size": world_size, "parallel": stage.parallel.model_dump()}
     (context.directory.path / NEXT_LAYOUT_NAME).write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
     context.metrics.log(
         "event",
-        step=progress.step,
+        step=counters.step,
         event="next_layout",
-        message=f"stage {stage.name} needs {world_size} ranks, here are {context.world_size}: give the same command "
+        message=f"stage {stage.name} needs {world_size} ranks, here are {context.world_size}: re-run the same command "
         f"with {world_size} (launch/torchrun.sh does so by itself)",
     )
     return EXIT_NEXT_LAYOUT
@@ -301,22 +301,23 @@ def _just_grown(manifest: Manifest) -> bool:
     return bool(manifest.lineage) and manifest.stage_step == 0 and manifest.lineage[-1].step == manifest.step
 
 
-def _stage_message(context: RunContext, progress: Progress, choice: ResumeChoice) -> str:
+def _stage_message(context: RunContext, counters: Counters, choice: ResumeChoice) -> str:
     config = context.loaded.config
-    stage = config.stages[progress.stage]
+    stage = config.stages[counters.stage]
     model, parallel = stage.model, stage.parallel
     sequence = " +SP" if parallel.sequence_parallel else ""
     return (
-        f"stage {stage.name} ({progress.stage + 1} of {len(config.stages)}): {model.num_layers} layers x "
+        f"stage {stage.name} ({counters.stage + 1} of {len(config.stages)}): {model.num_layers} layers x "
         f"{model.hidden_size}, TP {parallel.tensor_parallel_size}{sequence} PP {parallel.pipeline_parallel_size} "
-        f"VPP {parallel.chunks} DP {context.world_size // parallel.model_parallel_size}, {stage.training.precision}, "
-        f"steps {progress.stage_step} to {stage.num_steps} of {stage.tokens_per_step:,} tokens, "
+        f"VPP {parallel.model_chunks} DP {context.world_size // parallel.model_parallel_size}, "
+        f"{stage.training.precision}, "
+        f"steps {counters.stage_step} to {stage.num_steps} of {stage.tokens_per_step:,} tokens, "
         + (f"from {choice.path}" if choice.path else f"initialised with seed {config.run.seed}")
     )
 
 
-def _done_message(context: RunContext, progress: Progress) -> str:
+def _done_message(context: RunContext, counters: Counters) -> str:
     return (
-        f"run complete: {progress.step} steps, {progress.consumed_tokens:,} tokens, {progress.flops:.3e} FLOPs; "
+        f"run complete: {counters.step} steps, {counters.consumed_tokens:,} tokens, {counters.flops:.3e} FLOPs; "
         f"checkpoint {context.directory.latest_path}"
     )

@@ -58,7 +58,7 @@ def test_sums_given_by_the_writers_are_taken_and_checked(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="lacks __1_0.distcp"):
         run.commit(manifest_of(geometry(2), 5), checksums={"__1_0.distcp": given})
     wrong = given.model_copy(update={"size_bytes": 299})
-    with pytest.raises(CheckpointError, match="300 bytes but 299 were summed"):
+    with pytest.raises(CheckpointError, match="300 bytes but 299 were checksummed"):
         run.commit(manifest_of(geometry(2), 5), checksums={"__0_0.distcp": wrong})
     path = run.commit(manifest_of(geometry(2), 5), checksums={"__0_0.distcp": given})
     assert read_manifest(path).files["__0_0.distcp"] == given

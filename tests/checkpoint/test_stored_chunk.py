@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from growth_megatron.checkpoint.torch_dist import reader as source_module
 from growth_megatron.checkpoint.torch_dist import stored_chunk
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
-from growth_megatron.checkpoint.torch_dist.stored_chunk import NotPlainError, StoredTensor, locate_tensor, read_region
+from growth_megatron.checkpoint.torch_dist.stored_chunk import NotPlainError, StoredChunk, locate_chunk, read_region
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.tensors import (
     FIRST_MOMENT_PREFIX,
@@ -64,7 +64,7 @@ def saved(tensor: Any, path: Path, before: bytes = b"x" * 37) -> tuple[Path, int
     return path, len(before), len(content)
 
 
-def read(path: Path, stored: StoredTensor, region: tuple[slice, ...]) -> torch.Tensor:
+def read(path: Path, stored: StoredChunk, region: tuple[slice, ...]) -> torch.Tensor:
     out = torch.empty([part.stop - part.start for part in region], dtype=stored.dtype)
     read_region(path, stored, region, out)
     return out
@@ -75,7 +75,7 @@ def read(path: Path, stored: StoredTensor, region: tuple[slice, ...]) -> torch.T
 def test_every_layout_is_read_as_saved(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
     tensor = LAYOUTS[layout](dtype)
     place = saved(tensor, tmp_path / "file")
-    stored = locate_tensor(*place)
+    stored = locate_chunk(*place)
     assert stored.shape == tuple(tensor.shape)
     assert stored.stride == tensor.stride()
     assert stored.is_constant == (layout == "constant")
@@ -106,7 +106,7 @@ def test_any_region_of_any_layout_into_any_layout(
         patch.setattr(stored_chunk, "_SCRATCH_BYTES", data.draw(st.sampled_from([4, 40, 1 << 20])))
         patch.setattr(stored_chunk, "_DIRECT_BYTES", data.draw(st.sampled_from([4, 24, 1 << 16])))
         patch.setattr(stored_chunk, "_LARGEST_GAP_BYTES", data.draw(st.sampled_from([0, 1 << 15])))
-        read_region(path, locate_tensor(path, offset, length), tuple(region), out)
+        read_region(path, locate_chunk(path, offset, length), tuple(region), out)
     assert torch.equal(out, expected)
 
 
@@ -119,7 +119,7 @@ def test_a_destination_of_another_layout_than_the_file_s_is_filled_piece_by_piec
     monkeypatch.setattr(stored_chunk, "_SCRATCH_BYTES", 8)
     for order in itertools.permutations(range(3)):
         out = torch.full([tensor.shape[n] for n in order], -1.0).permute([order.index(n) for n in range(3)])
-        read_region(path, locate_tensor(path, offset, length), whole(tuple(tensor.shape)), out)
+        read_region(path, locate_chunk(path, offset, length), whole(tuple(tensor.shape)), out)
         assert torch.equal(out, tensor), order
 
 
@@ -166,7 +166,7 @@ def test_a_few_rows_or_columns_of_a_large_chunk_cost_no_more_memory_than_they_ho
     rows, columns = 6400, 4096  # 100 MiB
     torch.save(torch.arange(rows)[:, None] * 1.0 + torch.zeros(columns), tmp_path / "large")
     length = (tmp_path / "large").stat().st_size
-    stored = locate_tensor(tmp_path / "large", 0, length)
+    stored = locate_chunk(tmp_path / "large", 0, length)
     read(tmp_path / "large", stored, (slice(0, 1), slice(0, 1)))  # what is imported or set up at the first read
     part = (slice(rows - 9, rows), slice(0, columns))
     assert peak_of(lambda: read(tmp_path / "large", stored, part)) < 10 << 20
@@ -185,7 +185,7 @@ def test_the_pickle_of_a_chunk_calls_nothing(tmp_path: Path) -> None:
 
     for trap in (Trap(), collections.OrderedDict(a=Trap()), [torch.zeros(2)], torch.nn.Parameter(torch.zeros(2))):
         with pytest.raises(NotPlainError):
-            locate_tensor(*saved(trap, tmp_path / "file"))
+            locate_chunk(*saved(trap, tmp_path / "file"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -196,11 +196,11 @@ def test_a_tensor_that_claims_more_than_its_data_is_not_read(tmp_path: Path) -> 
         assert content.count(found) == 1  # the shape and the stride in the pickle
         path.write_bytes(content.replace(found, instead))
         with pytest.raises(NotPlainError, match="less data"):
-            locate_tensor(path, offset, length)
+            locate_chunk(path, offset, length)
 
 
 def located_and_read(path: Path, length: int) -> torch.Tensor:
-    stored = locate_tensor(path, 0, length)
+    stored = locate_chunk(path, 0, length)
     return read(path, stored, whole(stored.shape))
 
 
@@ -372,11 +372,11 @@ def test_locations_are_kept_and_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     write_distributed(tmp_path, {"a": values(40, 3)}, parts=8)
     calls = []
 
-    def counted(*arguments: Any) -> StoredTensor:
+    def counted(*arguments: Any) -> StoredChunk:
         calls.append(arguments)
-        return locate_tensor(*arguments)
+        return locate_chunk(*arguments)
 
-    monkeypatch.setattr(source_module, "locate_tensor", counted)
+    monkeypatch.setattr(source_module, "locate_chunk", counted)
     monkeypatch.setattr(source_module, "_LOCATIONS_KEPT", 8)
     checkpoint = DistCheckpoint(tmp_path)
     for _ in range(5):

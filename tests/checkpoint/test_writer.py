@@ -281,7 +281,7 @@ class FullDisk(FileOperations):
 
 
 def test_a_disk_that_fills_up_is_said_and_what_is_complete_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot write .*__0_3.distcp: No space left .* give the same command"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*__0_3.distcp: No space left .* re-run the same command"):
         write(tmp_path / "a", files=FullDisk())
     assert not (tmp_path / "a").exists()
     assert write(tmp_path / "a").bytes_resumed > 0

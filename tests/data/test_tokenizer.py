@@ -38,7 +38,7 @@ def test_digits_are_apart(tokenizer: Tokenizer) -> None:
 
 def test_long_text_is_cut_without_changing_its_ids(tokenizer: Tokenizer) -> None:
     text = "".join(f"the people of the union {number}\nin the year\n\n" for number in range(2000))
-    assert len(text) > 8 * module.CHUNK
+    assert len(text) > 8 * module.SHORT_TEXT
     assert tokenizer.encode(text) == tokenizer.encode_whole(text)
 
 
@@ -51,7 +51,7 @@ def test_a_tokenizer_that_puts_a_space_in_front_is_not_cut(corpus: Path, tmp_pat
     )  # fmt: skip
     reader = Tokenizer(tmp_path / "t.model")
     text = "of the union\n" * 3000
-    assert len(text) > module.CHUNK
+    assert len(text) > module.SHORT_TEXT
     assert reader.encode(text) == reader.encode_whole(text)
 
 

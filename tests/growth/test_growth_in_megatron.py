@@ -75,7 +75,7 @@ def test_the_step_goes_with_the_moments(grown: tuple[Path, dict[str, Any]]) -> N
         assert result["steps"] == [3.0 if name.startswith("carry") else 0.0]
 
 
-def test_a_grown_source_poured_into_a_live_model_on_two_ranks_is_the_source_models_function() -> None:
+def test_a_grown_source_loaded_into_a_live_model_on_two_ranks_is_the_source_models_function() -> None:
     source, tokens = {"num_layers": 2, "init_std": 0.2}, list(range(3, 35))
     target = {"num_layers": 3, "hidden_size": 96, "head_dim": 8, "num_attention_heads": 16, "num_query_groups": 8}
     arguments = {"layout": TP2, "source": source, "target": target, "tokens": tokens}

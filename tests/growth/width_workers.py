@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files, list_files, write_manifest
-from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model, pour_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_from_source, load_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
@@ -112,12 +112,12 @@ def _sign(folder: Path, stage: StageConfig) -> None:
 def grown_logits(
     layout: dict[str, Any], source: dict[str, Any], target: dict[str, Any], tokens: list[int]
 ) -> list[Any]:
-    """Logits ``[s][this rank's vocabulary]`` of a live model into which a grown source was poured."""
+    """Logits ``[s][this rank's vocabulary]`` of a live model loaded from a grown source."""
     model, stage = ModelConfig(**{**SMALL, **source}), stage_of(layout, {**source, **target})
     plan = plan_growth(model, stage.model, GrowthConfig(operator="identity+split", shares="uneven"))
     process_groups.set_layout(stage.parallel, 7)
     engine = Engine(stage)
-    pour_into_model(GrownSource(InitSource(model, 7), plan, "reset"), engine.models)
+    load_from_source(GrownSource(InitSource(model, 7), plan, "reset"), engine.models)
     with torch.no_grad():
         output = engine.models[0](torch.tensor([tokens]), torch.arange(len(tokens))[None], None)  # [b, s, v / TP]
     return list(output[0].tolist())

@@ -111,7 +111,7 @@ def commit_folder(
     Returns: the manifest as written.
 
     Raises:
-        CheckpointError: no temporary folder, a summed file is absent, or its size is not the one summed.
+        CheckpointError: no temporary folder, a checksummed file is absent, or its size is not the one checksummed.
     """
     temporary = temporary_path(final)
     if not temporary.is_dir():
@@ -119,13 +119,16 @@ def commit_folder(
     names = [name for name in list_files(temporary) if not name.startswith(f"{JOURNAL_FOLDER}/")]
     entries = dict(checksums or {})
     if absent := sorted(entries.keys() - set(names)):
-        raise CheckpointError(f"{temporary} lacks {', '.join(absent)}, summed elsewhere; is it one shared file system?")
+        raise CheckpointError(
+            f"{temporary} lacks {', '.join(absent)}, checksummed elsewhere; is it one shared file system?"
+        )
     entries |= checksum_files(temporary, [name for name in names if name not in entries])
     for name in names:
         size = (temporary / name).stat().st_size
         if size != entries[name].size_bytes:
             raise CheckpointError(
-                f"{temporary / name} has {size} bytes but {entries[name].size_bytes} were summed; it changed meanwhile"
+                f"{temporary / name} has {size} bytes but {entries[name].size_bytes} were checksummed; "
+                "it changed meanwhile"
             )
         files.sync_file(temporary / name)
     for folder in sorted({temporary, *((temporary / name).parent for name in names)}, reverse=True):

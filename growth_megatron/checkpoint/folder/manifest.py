@@ -3,9 +3,9 @@
 Owns: the manifest's fields, reading and writing it strictly, checksums, validation of a checkpoint folder.
 Does not own: when it is written (last, by ``checkpoint.folder.commit``), the tensors (``checkpoint.torch_dist``).
 
-Files are summed with SHA-256 from the standard library: with the SHA instructions of current CPUs it runs at 1.7 GB/s a
-core, close to CRC-32 (2.2) and well above BLAKE2b (0.6), and unlike CRC-32 it also identifies a content. hashlib
-releases the GIL, so files are summed in parallel by threads.
+Files are checksummed with SHA-256 from the standard library: with the SHA instructions of current CPUs it runs at
+1.7 GB/s a core, close to CRC-32 (2.2) and well above BLAKE2b (0.6), and unlike CRC-32 it also identifies a content.
+hashlib releases the GIL, so files are checksummed in parallel by threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT_VERSION: Literal[1] = 1
 REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
 """megatron-core's own files, without which a checkpoint cannot be loaded."""
 
-_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 _OWN_SUM = "manifest_sha256"
 
 
@@ -206,7 +206,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def checksum_files(folder: Path, names: Iterable[str], threads: int = 8) -> dict[str, FileEntry]:
-    """Size and checksum of some files of a folder, summed in parallel.
+    """Size and checksum of some files of a folder, checksummed in parallel.
 
     On many nodes each can sum the files it wrote, and the union goes to ``checkpoint.folder.commit``.
     """
@@ -219,9 +219,9 @@ def _checksum(path: Path) -> FileEntry:
     digest = hashlib.sha256()
     size = 0
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
     return FileEntry(size_bytes=size, sha256=digest.hexdigest())
 
 

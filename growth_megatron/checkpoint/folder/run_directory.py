@@ -144,7 +144,7 @@ class RunDirectory:
 
         ``auto`` goes on from the newest valid checkpoint, or starts; ``must`` never starts; ``never`` always starts and
         refuses where a run is. A path starts this run from that checkpoint (or the newest one of that run directory);
-        once the run has checkpoints of its own it goes on from those, so the same command can be given again.
+        once the run has checkpoints of its own it goes on from those, so re-running the same command resumes.
 
         Raises:
             ConfigError: ``never`` where a run is.

@@ -92,7 +92,7 @@ def _chunks(source: TensorSource, key: str, chunk_bytes: int) -> list[WriteItem]
 
 
 class ChunkPlanner(SavePlanner):
-    """The part of each rank, known without a word between them; a chunk is computed when it is written."""
+    """The part of each rank, known without communication; a chunk is computed when it is written."""
 
     def __init__(
         self,

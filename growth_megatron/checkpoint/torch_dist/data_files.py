@@ -1,4 +1,4 @@
-"""Data files of a checkpoint that is being written: streamed, summed on the way, and noted when complete.
+"""Data files of a checkpoint that is being written: streamed, checksummed on the way, and noted when complete.
 
 Owns: a data file from its first chunk to its place in the temporary folder, its journal, the torch DCP storage writer
 that fills several at once by threads.
@@ -312,7 +312,7 @@ class DataFile:
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self._path}: {error.strerror or error}; what is complete is kept, so mend that and "
-                "give the same command again"
+                "re-run the same command to resume"
             ) from error
 
 
@@ -325,7 +325,7 @@ def _return_free_memory() -> None:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Lets torch.save leave out each record's CRC-32 in this thread: torch reads none, and files are summed anyway."""
+    """In this thread torch.save leaves out each record's CRC-32: torch reads none, and files have checksums."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

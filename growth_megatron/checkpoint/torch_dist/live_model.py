@@ -1,4 +1,4 @@
-"""The live model and optimizer as a sharded state: poured from a source, saved, loaded.
+"""The live model and optimizer as a sharded state: filled from a source, saved, loaded.
 
 Owns: the calls of ``megatron.core.dist_checkpointing`` and the format options that go with them.
 Does not own: folders, manifests and which checkpoint is taken (``checkpoint.folder.run_directory``).
@@ -40,10 +40,10 @@ FORMAT: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def pour_into_model(source: TensorSource, chunks: Sequence[MegatronModule]) -> None:
-    """Fill every parameter of this rank's ``chunks`` with its region of ``source``; each rank reads only its shards."""
+def load_from_source(source: TensorSource, models: Sequence[MegatronModule]) -> None:
+    """Fill every parameter of this rank's ``models`` with its region of ``source``; each rank reads only its shards."""
     with torch.no_grad():
-        for shard in _tensor_shards(_model_state(chunks)):
+        for shard in _tensor_shards(_model_state(models)):
             region = tuple(
                 slice(start, start + length)
                 for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
@@ -62,10 +62,10 @@ class Saver:
         self._queue = AsyncCallsQueue(persistent=False)
 
     def save(
-        self, directory: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, in_background: bool
+        self, directory: Path, models: Sequence[MegatronModule], optimizer: MegatronOptimizer, in_background: bool
     ) -> None:
         """Write the sharded state into the empty folder ``directory``; with ``in_background``, only start to."""
-        model = _model_state(chunks)
+        model = _model_state(models)
         state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=dict(FORMAT))}
         strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
         if parallel_state.get_data_parallel_world_size() > 1:
@@ -92,7 +92,7 @@ class Saver:
 
 
 def load_into_model(
-    directory: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer | None = None
+    directory: Path, models: Sequence[MegatronModule], optimizer: MegatronOptimizer | None = None
 ) -> None:
     """Load weights, and with ``optimizer`` its masters and moments, at whatever layout this process group has.
 
@@ -102,7 +102,7 @@ def load_into_model(
     """
     stored = DistCheckpoint(directory)
     form = {**FORMAT, "non_homogeneous_layers": not stored.is_stacked}
-    model = _model_state(chunks, form)
+    model = _model_state(models, form)
     state: dict[str, Any] = {"model": model}
     _check_shapes(stored, _tensor_shards(model))
     if optimizer is not None:
@@ -112,15 +112,15 @@ def load_into_model(
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
     strict = StrictHandling.RAISE_ALL if optimizer is not None else StrictHandling.RAISE_UNEXPECTED
     loaded = dist_checkpointing.load(state, str(directory), strategy, strict=strict)
-    for name, chunk in zip(model, chunks, strict=True):
+    for name, chunk in zip(model, models, strict=True):
         chunk.load_state_dict(loaded["model"][name])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _model_state(chunks: Sequence[MegatronModule], form: Mapping[str, Any] = FORMAT) -> dict[str, Any]:
+def _model_state(models: Sequence[MegatronModule], form: Mapping[str, Any] = FORMAT) -> dict[str, Any]:
     # A dictionary of its own for each call: megatron-core stores the process groups of the moment in it.
-    return {f"chunk{i}": chunk.sharded_state_dict(metadata=dict(form)) for i, chunk in enumerate(chunks)}
+    return {f"model{i}": chunk.sharded_state_dict(metadata=dict(form)) for i, chunk in enumerate(models)}
 
 
 def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
@@ -135,7 +135,7 @@ def _tensor_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
 
 
 def _check_shapes(stored: DistCheckpoint, shards: Iterator[ShardedTensor]) -> None:
-    """megatron-core pads embedding and output on a mismatch without a word; compare before it can."""
+    """megatron-core pads embedding and output silently on a mismatch; compare before it can."""
     wrong = []
     for shard in shards:
         entry = stored.metadata.state_dict_metadata.get(shard.key)

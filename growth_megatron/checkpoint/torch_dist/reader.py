@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from growth_megatron.checkpoint.torch_dist.stored_chunk import (
     FileSlice,
     NotPlainError,
-    locate_tensor,
+    locate_chunk,
     read_element,
     read_region,
 )
@@ -80,7 +80,7 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Overlap:
     """The part of a region that one stored chunk holds: a region of the chunk, and where it goes."""
 
     index: MetadataIndex
@@ -102,7 +102,7 @@ class DistCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata = read_metadata(self.path)
-        self._located = functools.lru_cache(_LOCATIONS_KEPT)(locate_tensor)
+        self._located = functools.lru_cache(_LOCATIONS_KEPT)(locate_chunk)
         self._tensors: dict[str, _Stored] = {}
         for key, stored in self.metadata.state_dict_metadata.items():
             if not isinstance(stored, TensorStorageMetadata):
@@ -159,15 +159,15 @@ class DistCheckpoint:
         within = region if stored.layer is None else (slice(stored.layer, stored.layer + 1), *region)
         sizes = [part.stop - part.start for part in within]
         chunks = stored.entry.chunks
-        pieces = [piece for chunk in chunks if (piece := _piece(stored.key, chunk, within)) is not None]
-        if sum(math.prod(part.stop - part.start for part in piece.here) for piece in pieces) != math.prod(sizes):
+        overlaps = [overlap for chunk in chunks if (overlap := _overlap(stored.key, chunk, within)) is not None]
+        if sum(math.prod(part.stop - part.start for part in overlap.here) for overlap in overlaps) != math.prod(sizes):
             raise CheckpointError(f"{self.path}: {key} is stored with holes or overlaps; the checkpoint is damaged")
-        element = self._constant(pieces, spec.dtype)
+        element = self._constant(overlaps, spec.dtype)
         if element is not None:
             return constant(element, sizes if stored.layer is None else sizes[1:])
         out = torch.empty(sizes, dtype=spec.dtype)
-        for piece in pieces:
-            self._read_piece(piece, out[piece.there])
+        for overlap in overlaps:
+            self._read_overlap(overlap, out[overlap.there])
         return out if stored.layer is None else out[0]
 
     def read_object(self, key: str) -> bytes:
@@ -203,15 +203,15 @@ class DistCheckpoint:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
-    def _constant(self, pieces: list[_Piece], dtype: torch.dtype) -> torch.Tensor | None:
-        """The element that is stored for all of ``pieces``, of shape (); None where there is no such element."""
+    def _constant(self, overlaps: list[_Overlap], dtype: torch.dtype) -> torch.Tensor | None:
+        """The element that is stored for all of ``overlaps``, of shape (); None where there is no such element."""
         first: torch.Tensor | None = None
-        for piece in pieces:
-            info = self._storage(piece.index)
+        for overlap in overlaps:
+            info = self._storage(overlap.index)
             path = self._data_path(info)
             try:
                 stored = self._located(path, info.offset, info.length)
-                if not stored.is_constant or stored.dtype != dtype or stored.shape != tuple(piece.sizes):
+                if not stored.is_constant or stored.dtype != dtype or stored.shape != tuple(overlap.sizes):
                     return None
                 element = read_element(path, stored)
             except (NotPlainError, OSError):
@@ -222,21 +222,21 @@ class DistCheckpoint:
                 return None
         return first
 
-    def _read_piece(self, piece: _Piece, out: torch.Tensor) -> None:
-        info = self._storage(piece.index)
+    def _read_overlap(self, overlap: _Overlap, out: torch.Tensor) -> None:
+        info = self._storage(overlap.index)
         path = self._data_path(info)
         try:
             stored = self._located(path, info.offset, info.length)
-            if stored.shape != tuple(piece.sizes):
+            if stored.shape != tuple(overlap.sizes):
                 raise NotPlainError(f"of {stored.shape}")
-            read_region(path, stored, piece.here, out)
+            read_region(path, stored, overlap.here, out)
         except (NotPlainError, OSError):  # torch.load reads other kinds, and says what is wrong with damaged ones
-            out.copy_(self._chunk(piece)[piece.here])
+            out.copy_(self._chunk(overlap)[overlap.here])
 
-    def _chunk(self, piece: _Piece) -> torch.Tensor:
+    def _chunk(self, overlap: _Overlap) -> torch.Tensor:
         """A whole stored chunk."""
-        key, sizes = piece.index.fqn, piece.sizes
-        info = self._storage(piece.index)
+        key, sizes = overlap.index.fqn, overlap.sizes
+        info = self._storage(overlap.index)
         try:
             with self._open(info) as file:
                 data = torch.load(file, map_location="cpu", weights_only=True)
@@ -252,7 +252,7 @@ class DistCheckpoint:
         return data.detach()
 
 
-def _piece(key: str, chunk: ChunkStorageMetadata, within: Region) -> _Piece | None:
+def _overlap(key: str, chunk: ChunkStorageMetadata, within: Region) -> _Overlap | None:
     """The part of a region that a stored chunk holds, if any."""
     here, there = [], []
     for part, offset, size in zip(within, chunk.offsets, chunk.sizes, strict=True):
@@ -261,7 +261,7 @@ def _piece(key: str, chunk: ChunkStorageMetadata, within: Region) -> _Piece | No
             return None
         here.append(slice(start - offset, stop - offset))
         there.append(slice(start - part.start, stop - part.start))
-    return _Piece(MetadataIndex(key, chunk.offsets), chunk.sizes, tuple(here), tuple(there))
+    return _Overlap(MetadataIndex(key, chunk.offsets), chunk.sizes, tuple(here), tuple(there))
 
 
 def is_stacked(key: str) -> bool:

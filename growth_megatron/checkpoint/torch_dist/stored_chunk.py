@@ -51,7 +51,7 @@ class NotPlainError(Exception):
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredChunk:
     """Where a tensor lies: ``start`` is the byte of its first element in the file, ``stride`` is in elements."""
 
     dtype: torch.dtype
@@ -76,7 +76,7 @@ class _Axis:
     size: int
 
 
-def locate_tensor(path: Path, offset: int, length: int) -> StoredTensor:
+def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
     """The tensor that torch.save wrote into ``length`` bytes from ``offset`` of a file.
 
     Raises:
@@ -101,10 +101,10 @@ def locate_tensor(path: Path, offset: int, length: int) -> StoredTensor:
         last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if math.prod(shape) and (described.offset + last + 1) * dtype.itemsize > record.file_size:
             raise NotPlainError("with less data than its shape needs")
-    return StoredTensor(dtype, shape, stride, offset + start + described.offset * dtype.itemsize)
+    return StoredChunk(dtype, shape, stride, offset + start + described.offset * dtype.itemsize)
 
 
-def read_element(path: Path, stored: StoredTensor) -> torch.Tensor:
+def read_element(path: Path, stored: StoredChunk) -> torch.Tensor:
     """The first element, of shape ()."""
     out = torch.empty((), dtype=stored.dtype)
     with open(path, "rb", buffering=0) as file:
@@ -112,7 +112,7 @@ def read_element(path: Path, stored: StoredTensor) -> torch.Tensor:
     return out
 
 
-def read_region(path: Path, stored: StoredTensor, region: tuple[slice, ...], out: torch.Tensor) -> None:
+def read_region(path: Path, stored: StoredChunk, region: tuple[slice, ...], out: torch.Tensor) -> None:
     """Copy ``region`` of a stored tensor into ``out``, which has its shape and type and any strides.
 
     Besides ``out`` itself at most ``_SCRATCH_BYTES`` are held.

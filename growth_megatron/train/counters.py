@@ -14,7 +14,7 @@ from growth_megatron.model.cost import flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class Counters:
     """Counters of a run; ``step``, samples, tokens and flops count over all stages."""
 
     step: int = 0
@@ -25,11 +25,11 @@ class Progress:
     flops: float = 0.0
 
     @classmethod
-    def of_manifest(cls, manifest: Manifest) -> Progress:
+    def of_manifest(cls, manifest: Manifest) -> Counters:
         """The counters that a checkpoint was saved with."""
         return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
 
-    def after_step(self, stage: StageConfig) -> Progress:
+    def after_step(self, stage: StageConfig) -> Counters:
         """The counters one optimizer step later."""
         return dataclasses.replace(
             self,
