@@ -29,7 +29,11 @@ BATCH = 8
 
 
 def stage_of(
-    layout: dict[str, Any], model: dict[str, Any] | None = None, precision: str = "fp32", recompute: str = "none"
+    layout: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    precision: str = "fp32",
+    recompute: str = "none",
+    recompute_modules: list[str] | None = None,
 ) -> StageConfig:
     return StageConfig(
         name="test",
@@ -37,7 +41,12 @@ def stage_of(
         parallel=ParallelConfig(**layout),
         schedule=ScheduleConfig(learning_rate=1e-3),
         training=TrainingConfig(
-            steps=10, global_batch_size=BATCH, micro_batch_size=1, precision=precision, recompute=recompute
+            steps=10,
+            global_batch_size=BATCH,
+            micro_batch_size=1,
+            precision=precision,
+            recompute=recompute,
+            recompute_modules=recompute_modules,
         ),
     )
 

@@ -40,6 +40,7 @@ MEGATRON_NAMES = {
         "pipeline_model_parallel_size": "pipeline_parallel_size",
         "virtual_pipeline_model_parallel_size": "virtual_pipeline_parallel_size",
     },
+    "training": {"recompute_granularity": "recompute"},
     "optimizer": {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_eps": "epsilon"},
 }
 """Names that Megatron-LM has for our keys, by section: either is taken, and ours is written."""

@@ -206,14 +206,31 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="selective: attention and MLP are recomputed in backward; full: whole layers"
+        "none", description="in backward: none; selective: recompute_modules of each layer; full: whole layers"
     )
+    recompute_modules: list[Literal["core_attn", "mlp"]] | None = Field(
+        None, min_length=1, description="with recompute: selective; default: core_attn, as in Megatron"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_modules(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("recompute") == "selective" and data.get("recompute_modules") is None:
+            return {**data, "recompute_modules": ["core_attn"]}
+        return data
 
     @model_validator(mode="after")
     def _length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             state = "has neither steps nor tokens" if self.steps is None else "has both steps and tokens"
             refuse([("", f"{state}; give the stage's length as exactly one of the two")])
+        return self
+
+    @model_validator(mode="after")
+    def _modules(self) -> Self:
+        if self.recompute_modules and self.recompute != "selective":
+            text = f"needs recompute: selective (recompute is {self.recompute}); set that, or leave this out"
+            refuse([("recompute_modules", text)])
         return self
 
 

@@ -178,8 +178,12 @@ def activation_bytes(stage: StageConfig, pipeline_rank: int, micro_batches: int)
     temporary = 3 * width * tokens * model.ffn_hidden_size // tensor  # gradients inside the MLP
     if stage.training.recompute == "full":
         total += _norms_bytes(stage, 2) + _attention_bytes(stage) + _mlp_bytes(stage)
-    elif stage.training.recompute == "selective":
-        total += _mlp_bytes(stage)
+    else:
+        recomputed = {
+            "core_attn": _core_attention_output_bytes(stage) + _log_sum_exp_bytes(stage),
+            "mlp": _mlp_bytes(stage),
+        }
+        total += max((recomputed[module] for module in stage.training.recompute_modules or ()), default=0)
     if pipeline_rank == 0:
         total += 8 * tokens  # token ids
     if pipeline_rank == parallel.pipeline_parallel_size - 1:
@@ -199,12 +203,13 @@ def layer_saved_bytes(stage: StageConfig, fused: bool = True) -> int:
     if stage.training.recompute == "full":  # the layer's input
         split = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
         return element_bytes(stage.training) * _tokens(stage) * model.hidden_size // split
-    saved = _norms_bytes(stage, 2, fused) + _attention_bytes(stage)
-    if stage.training.recompute == "none":
-        return saved + _mlp_bytes(stage, fused)
-    # The MLP keeps its input alone; of attention only the log-sum-exp need not be kept, q, k, v are the block's inputs
-    # and its output is the projection's.
-    return saved - _log_sum_exp_bytes(stage)
+    saved = _norms_bytes(stage, 2, fused) + _attention_bytes(stage) + _mlp_bytes(stage, fused)
+    modules = stage.training.recompute_modules or ()
+    if "core_attn" in modules:  # q, k and v are its inputs and its output is the projection's
+        saved -= _log_sum_exp_bytes(stage)
+    if "mlp" in modules:  # its input is the norm's output
+        saved -= _mlp_bytes(stage, fused)
+    return saved
 
 
 def head_saved_bytes(stage: StageConfig, fused: bool = True) -> int:
@@ -230,6 +235,11 @@ def _norms_bytes(stage: StageConfig, count: int, fused: bool = True) -> int:
 
 def _log_sum_exp_bytes(stage: StageConfig) -> int:
     return FP32_BYTES * _tokens(stage) * stage.model.num_attention_heads // stage.parallel.tensor_parallel_size
+
+
+def _core_attention_output_bytes(stage: StageConfig) -> int:
+    heads = stage.model.num_attention_heads // stage.parallel.tensor_parallel_size
+    return element_bytes(stage.training) * _tokens(stage) * heads * stage.model.head_dim
 
 
 def _attention_bytes(stage: StageConfig) -> int:

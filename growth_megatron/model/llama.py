@@ -86,7 +86,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
     interleaved = parallel.model_chunks > 1
     recompute_options: dict[str, dict[str, Any]] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": training.recompute_modules},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(

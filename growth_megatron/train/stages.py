@@ -20,6 +20,7 @@ import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.origin import checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
@@ -160,6 +161,8 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     assert stage.growth is not None
     plan = plan_growth(manifest.geometry, stage.model, stage.growth, config.run.seed)
     policy = choose(stage.growth).state_policy
+    path = choice.path
+    origin = collectives.on_all_ranks(lambda: checkpoint_origin(path, whole=False))  # seen to be when it was chosen
     with bytes_progress("growing") as progress:
 
         def report(done: int, total: int) -> None:
@@ -168,7 +171,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
                 progress(done, total)
 
         result = grow_checkpoint(
-            choice.path,
+            origin,
             context.directory.checkpoint_path(manifest.step, grown=True),
             plan,
             policy,

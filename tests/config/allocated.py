@@ -16,6 +16,15 @@ from growth_megatron.train.engine import Engine
 SEQUENCE, BATCH, LAYERS = 64, 2, 4
 
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "core attention": {"recompute": "selective"},
+    "mlp": {"recompute": "selective", "recompute_modules": ["mlp"]},
+    "both": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute": "full"},
+}
+
+
 def stage(tensor: int, pipeline: int, chunks: int, precision: str, recompute: str, tied: bool) -> StageConfig:
     return StageConfig(
         name="a",
@@ -30,7 +39,7 @@ def stage(tensor: int, pipeline: int, chunks: int, precision: str, recompute: st
         schedule=ScheduleConfig(learning_rate=1e-3),
         training=TrainingConfig.model_validate(
             {"steps": 1, "global_batch_size": 8, "micro_batch_size": BATCH, "precision": precision,
-             "recompute": recompute}
+             **RECOMPUTE[recompute]}
         ),
     )  # fmt: skip
 
@@ -101,7 +110,7 @@ def allocated(layouts: list[list[int]]) -> list[dict[str, Any]]:
         found: dict[str, Any] = {}
         for precision, tied in (("bf16", False), ("fp32", True)):
             found[f"{precision} states"] = states(stage(tensor, pipeline, chunks, precision, "none", tied))
-            for recompute in ("none", "selective", "full") if dist.get_world_size() == 1 else ():
+            for recompute in RECOMPUTE if dist.get_world_size() == 1 else ():
                 found[f"{precision} {recompute}"] = activations(stage(1, 1, 1, precision, recompute, False))
         results.append(found)
     return results

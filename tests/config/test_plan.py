@@ -40,9 +40,16 @@ def _model(layers: int, hidden: int, heads: int, groups: int, ffn: int, **more: 
     )  # fmt: skip
 
 
-def _stage(model: ModelConfig, recompute: str = "none", precision: str = "bf16", **parallel: object) -> StageConfig:
+def _stage(
+    model: ModelConfig,
+    recompute: str = "none",
+    modules: list[str] | None = None,
+    precision: str = "bf16",
+    **parallel: object,
+) -> StageConfig:
     training = TrainingConfig.model_validate(
-        {"steps": 1, "global_batch_size": 8, "recompute": recompute, "precision": precision}
+        {"steps": 1, "global_batch_size": 8, "recompute": recompute, "recompute_modules": modules}
+        | {"precision": precision}
     )
     layout = ParallelConfig.model_validate(parallel)
     schedule = ScheduleConfig(learning_rate=1e-3)
@@ -90,9 +97,13 @@ def test_memory_by_hand():
 
 def test_memory_of_recomputation_by_hand():
     selective = rank_memory(_stage(TINY, "selective"), 0, 1, 8).activations_bytes
+    mlp = rank_memory(_stage(TINY, "selective", ["mlp"]), 0, 1, 8).activations_bytes
+    both = rank_memory(_stage(TINY, "selective", ["core_attn", "mlp"]), 0, 1, 8).activations_bytes
     full = rank_memory(_stage(TINY, "full"), 0, 1, 8).activations_bytes
     rest = 32 + 144 + 512 + 36 + 384
-    assert selective == 2 * (1120 - 384 - 32) + 384 + rest  # without the MLP and log-sum-exp, one MLP recomputed
+    assert selective == 2 * (1120 - 32) + 64 + 32 + rest  # without log-sum-exp, one core attention recomputed
+    assert mlp == 2 * (1120 - 384) + 384 + rest  # without the MLP, one MLP recomputed
+    assert both == 2 * (1120 - 384 - 32) + 384 + rest  # one of the two at a time, the larger
     assert full == 2 * (2 * 4 * 8) + 1120 + rest  # the layers' inputs, one layer recomputed
 
 

@@ -29,7 +29,7 @@ ALONE: list[dict[str, Any]] = [
     {"layout": {}, "model": TIED},
     {"layout": {}, "model": MQA_WIDE_HEADS},
     {"layout": {}, "precision": "bf16"},
-    {"layout": {}, "recompute": "selective"},
+    {"layout": {}, "recompute": "selective", "recompute_modules": ["mlp"]},
     {"layout": {}, "recompute": "full"},
     {"layout": {}, "model": FAMILY},
 ]
@@ -46,6 +46,7 @@ ON_TWO: list[tuple[dict[str, Any], int, float]] = [  # case, index of its refere
     ({"layout": TP2_SP, "model": MQA_WIDE_HEADS}, 2, 1e-6),
     ({"layout": TP2_SP, "precision": "bf16"}, 3, 5e-3),
     ({"layout": TP2_SP, "recompute": "selective"}, 0, 1e-6),
+    ({"layout": TP2_SP, "recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}, 0, 1e-6),
     ({"layout": PP2, "recompute": "full"}, 0, 1e-6),
     ({"layout": TP2, "model": FAMILY}, 6, 1e-6),
     ({"layout": TP2_SP, "model": FAMILY}, 6, 1e-6),
