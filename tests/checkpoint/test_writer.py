@@ -23,7 +23,8 @@ from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import read_identified_manifest, read_manifest, validate_checkpoint
 from growth_megatron.checkpoint.torch_dist import data_files
 from growth_megatron.checkpoint.torch_dist.chunk_planner import plan_items
-from growth_megatron.checkpoint.torch_dist.data_files import groups_of, item_bytes, share
+from growth_megatron.checkpoint.torch_dist.data_files import groups_of, share
+from growth_megatron.checkpoint.torch_dist.journal import item_bytes
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.model.architecture import tensor_shapes

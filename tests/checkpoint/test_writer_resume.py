@@ -14,7 +14,6 @@ import pytest
 from growth_megatron.checkpoint.folder import commit
 from growth_megatron.checkpoint.folder.commit import (
     JOURNAL_FOLDER,
-    UNFINISHED_FOLDER,
     begin_folder,
     recover_folder,
     temporary_path,
@@ -22,6 +21,7 @@ from growth_megatron.checkpoint.folder.commit import (
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import validate_checkpoint
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+from growth_megatron.checkpoint.torch_dist.journal import UNFINISHED_FOLDER
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.write_jobs import ComputedSource, assert_holds, write

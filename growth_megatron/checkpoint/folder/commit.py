@@ -9,19 +9,18 @@ The order: data files, then ``manifest.json`` (so a temporary folder that holds 
 rename. A folder that is being replaced steps aside under ``.trash_`` first; until the rename follows, the complete
 temporary folder is the one that counts, and ``recover_folder`` finishes the rename.
 
-A checkpoint that is written over hours can go on after a kill: its temporary folder has two folders in it, one for data
-files that are being written and one for a journal of the complete ones. Both are gone before the rename.
+A checkpoint that is written over hours can go on after a kill (``checkpoint.torch_dist.journal``): its temporary folder
+holds a journal of the complete data files, which is gone before the rename.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import (
-    MANIFEST_NAME,
     FileEntry,
     Manifest,
     checksum_files,
@@ -37,8 +36,6 @@ TRASH_PREFIX = ".trash_"
 JOURNAL_FOLDER = ".journal"
 """In a temporary folder: one file for each complete data file, with its name and ``JOURNAL_SUFFIX``."""
 JOURNAL_SUFFIX = ".json"
-UNFINISHED_FOLDER = ".unfinished"
-"""In a temporary folder: data files that are being written."""
 
 
 def temporary_path(final: Path) -> Path:
@@ -65,35 +62,6 @@ def exclusive(final: Path) -> AbstractContextManager[None]:
     return locked(
         lock, CheckpointError(f"another process is writing {final} (it holds {lock}); wait for it, or end it")
     )
-
-
-def begin_resumable(final: Path, keep: Collection[str], files: FileOperations) -> Path:
-    """The temporary folder of ``final`` with the data files ``keep`` of an earlier attempt, their journal, no more."""
-    if not keep:
-        temporary = begin_folder(final, files)
-    else:
-        temporary = temporary_path(final)
-        _reduce_to(temporary, keep, files)
-    files.make_directory(temporary / JOURNAL_FOLDER)
-    files.make_directory(temporary / UNFINISHED_FOLDER)
-    return temporary
-
-
-def _reduce_to(temporary: Path, keep: Collection[str], files: FileOperations) -> None:
-    unfinished = temporary / UNFINISHED_FOLDER
-    if unfinished.exists():
-        files.remove_tree(unfinished)
-    files.make_directory(unfinished)
-    journals = {f"{name}{JOURNAL_SUFFIX}" for name in keep}
-    folders = {unfinished.name, JOURNAL_FOLDER}
-    surplus = [path for path in temporary.iterdir() if path.name not in folders and path.name not in keep]
-    # The manifest goes first: without it nobody takes the folder for a complete checkpoint.
-    for path in sorted(surplus, key=lambda path: path.name != MANIFEST_NAME):
-        files.rename(path, unfinished / path.name)
-    for path in (temporary / JOURNAL_FOLDER).iterdir():
-        if path.name not in journals:
-            files.rename(path, unfinished / path.name)
-    files.remove_tree(unfinished)
 
 
 def commit_folder(

@@ -1,12 +1,10 @@
-"""Data files of a checkpoint that is being written: streamed, checksummed on the way, and noted when complete.
+"""Data files of a checkpoint that is being written: streamed, and checksummed on the way.
 
-Owns: a data file from its first chunk to its place in the temporary folder, its journal, the torch DCP storage writer
-that fills several at once by threads.
-Does not own: what is written (``checkpoint.torch_dist.writer``), the folder and its commit
-(``checkpoint.folder.commit``).
+Owns: a data file from its first chunk to its last, the torch DCP storage writer that fills several at once by threads.
+Does not own: what is written (``checkpoint.torch_dist.writer``), what becomes of a file that is complete
+(``checkpoint.torch_dist.journal``), the folder and its commit (``checkpoint.folder.commit``).
 
-A data file is written under ``.unfinished``, flushed to the disk, noted in ``.journal``, and only then moved into the
-folder: one that stands there is complete, with a note of what it holds. So a kill costs the files in progress alone.
+Own code beside torch's storage writer, which takes no checksums on the way and leaves nothing usable after a kill.
 """
 
 from __future__ import annotations
@@ -15,14 +13,12 @@ import ctypes
 import hashlib
 import io
 import itertools
-import json
 import os
 import pickle
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +30,10 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 from typing_extensions import override
 
-from growth_megatron.checkpoint.folder.commit import JOURNAL_FOLDER, JOURNAL_SUFFIX, UNFINISHED_FOLDER
 from growth_megatron.checkpoint.folder.files import FileOperations
-from growth_megatron.checkpoint.folder.manifest import FileEntry, checksum_files
+from growth_megatron.checkpoint.folder.manifest import FileEntry
 from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner
+from growth_megatron.checkpoint.torch_dist.journal import UNFINISHED_FOLDER, FinishedFile, Journal, item_bytes
 from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.tensors import split_state_key
@@ -50,21 +46,6 @@ _ABORTED = "aborted"
 
 class StoppedError(Exception):
     """This writer stopped because another one failed."""
-
-
-@dataclass(frozen=True)
-class FinishedFile:
-    """A complete data file: its sum, and where each item lies in it."""
-
-    entry: FileEntry
-    items: dict[MetadataIndex, _StorageInfo]
-
-
-def item_bytes(item: WriteItem) -> int:
-    """Size of an item's values, were all of them stored."""
-    if item.tensor_data is None:
-        return item.bytes_io_data.nbytes if item.bytes_io_data is not None else 0
-    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
 
 
 def groups_of(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
@@ -87,39 +68,6 @@ def share(groups: Sequence[list[WriteItem]], parts: int) -> list[list[list[Write
     return shares
 
 
-def read_journal(temporary: Path, fingerprint: str, items: Collection[WriteItem]) -> dict[str, FinishedFile]:
-    """Data files that an earlier attempt at the same job completed, by name; their content is not looked at.
-
-    Only files all of whose items are among ``items``, each item in one file.
-    """
-    planned = {item.index: _described(item) for item in items}
-    finished: dict[str, FinishedFile] = {}
-    taken: set[MetadataIndex] = set()
-    for path in sorted((temporary / JOURNAL_FOLDER).glob(f"*{JOURNAL_SUFFIX}")):
-        name = path.name.removesuffix(JOURNAL_SUFFIX)
-        try:
-            note = json.loads(path.read_bytes())
-            entry = FileEntry(**note["entry"])
-            found = {
-                MetadataIndex(key, offsets if offsets is None else torch.Size(offsets)): (described, at, length)
-                for key, offsets, described, at, length in note["items"]
-            }
-            is_sound = note["fingerprint"] == fingerprint and (temporary / name).stat().st_size == entry.size_bytes
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if is_sound and not taken & found.keys() and all(planned.get(i) == d for i, (d, _, _) in found.items()):
-            taken |= found.keys()
-            places = {index: _StorageInfo(name, at, length) for index, (_, at, length) in found.items()}
-            finished[name] = FinishedFile(entry, places)
-    return finished
-
-
-def sound_files(temporary: Path, finished: Mapping[str, FinishedFile], names: Collection[str]) -> list[str]:
-    """Those of ``names`` whose content has the noted sum."""
-    sums = checksum_files(temporary, names)
-    return [name for name in names if sums[name] == finished[name].entry]
-
-
 class ParallelWriter(StorageWriter):
     """Writes the items of a torch DCP save plan into several files at once, one thread each.
 
@@ -128,16 +76,14 @@ class ParallelWriter(StorageWriter):
 
     def __init__(
         self,
-        temporary: Path,
+        journal: Journal,
         files: FileOperations,
-        fingerprint: str,
-        kept: Mapping[str, FinishedFile],
         writers: int,
         file_bytes: int,
         done: Callable[[int], None],
     ) -> None:
         self.finished: dict[str, FinishedFile] = {}
-        self._folder, self._files, self._fingerprint, self._kept = temporary, files, fingerprint, kept
+        self._folder, self._files, self._journal = journal.temporary, files, journal
         self._writers, self._file_bytes, self._done = writers, file_bytes, done
         self._stop = threading.Event()
         self._rank = 0
@@ -179,7 +125,7 @@ class ParallelWriter(StorageWriter):
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         written = {result.index: result.storage_data for part in results for result in part}
-        for kept in self._kept.values():
+        for kept in self._journal.resumed.values():
             written.update(kept.items)
         metadata.storage_data = written
         self._files.write(self._folder / METADATA_NAME, pickle.dumps(metadata))
@@ -202,15 +148,15 @@ class ParallelWriter(StorageWriter):
                 for group in groups:
                     self._check_stopped()
                     if file is None:
-                        name = next(name for name in names if name not in self._kept)
-                        file = DataFile(self._folder, name, self._files)
+                        name = next(name for name in names if name not in self._journal.resumed)
+                        file = DataFile(self._folder, name)
                     for item, data in planner.resolve_group(group):
                         results.append(file.append(item, data))
                         if item_bytes(item) >= _TRIM_BYTES:
                             _return_free_memory()
                         self._done(item_bytes(item))
                     if file.size >= self._file_bytes or group is groups[-1]:
-                        self.finished[name] = file.finish(self._fingerprint)
+                        self.finished[name] = file.finish(self._journal)
                         file = None
         except BaseException as error:
             self._stop.set()
@@ -233,11 +179,11 @@ class ParallelWriter(StorageWriter):
 class DataFile:
     """A data file that is being written."""
 
-    def __init__(self, temporary: Path, name: str, files: FileOperations) -> None:
+    def __init__(self, temporary: Path, name: str) -> None:
         self.size = 0
-        self._folder, self._name, self._files = temporary, name, files
+        self._name = name
         self._path = temporary / UNFINISHED_FOLDER / name
-        self._items: dict[MetadataIndex, tuple[Any, _StorageInfo]] = {}
+        self._items: dict[MetadataIndex, _StorageInfo] = {}
         self._sum = hashlib.sha256()
         self._flushed = 0
         self._failure: OSError | None = None
@@ -255,7 +201,7 @@ class DataFile:
             if self._failure is not None:
                 raise self._failure
         place = _StorageInfo(self._name, start, self.size - start)
-        self._items[item.index] = (_described(item), place)
+        self._items[item.index] = place
         return WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place)
 
     def write(self, data: Any) -> int:
@@ -283,23 +229,13 @@ class DataFile:
             os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
-    def finish(self, fingerprint: str) -> FinishedFile:
-        """Make the file durable, note it in the journal, and give it its place."""
-        entry = FileEntry(size_bytes=self.size, sha256=self._sum.hexdigest())
-        items = [
-            [index.fqn, None if index.offset is None else list(index.offset), described, place.offset, place.length]
-            for index, (described, place) in self._items.items()
-        ]
-        note = {"fingerprint": fingerprint, "entry": entry.model_dump(), "items": items}
+    def finish(self, journal: Journal) -> FinishedFile:
+        """Make the file durable and give it its place."""
+        finished = FinishedFile(FileEntry(size_bytes=self.size, sha256=self._sum.hexdigest()), self._items)
         with self._clear_errors():
             self.close()
-            self._files.sync_file(self._path)
-            self._files.replace(
-                self._folder / JOURNAL_FOLDER / f"{self._name}{JOURNAL_SUFFIX}", json.dumps(note).encode()
-            )
-            self._files.rename(self._path, self._folder / self._name)
-            self._files.sync_directory(self._folder)
-        return FinishedFile(entry, {index: place for index, (_, place) in self._items.items()})
+            journal.add(self._name, finished)
+        return finished
 
     def close(self) -> None:
         """Close the file as it stands; without ``finish`` it does not count."""
@@ -332,11 +268,3 @@ def _without_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def _described(item: WriteItem) -> Any:
-    """What must agree for an item written earlier to be the one wanted: type, sizes and global shape."""
-    if item.tensor_data is None:
-        return [item_bytes(item)]
-    tensor = item.tensor_data
-    return [str(tensor.properties.dtype), list(tensor.chunk.sizes), list(tensor.size)]

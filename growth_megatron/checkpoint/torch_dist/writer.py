@@ -1,9 +1,9 @@
 """Any source of tensors as a torch_dist checkpoint, one bounded chunk at a time.
 
-Owns: the order of checks before the first byte, which rank writes what, going on after a kill, failing alike on all
-ranks.
-Does not own: what the chunks are (``checkpoint.torch_dist.chunk_planner``), data files and their journal
-(``checkpoint.torch_dist.data_files``), the commit (``checkpoint.folder.commit``).
+Owns: the order of checks before the first byte, which rank writes what, failing alike on all ranks.
+Does not own: what the chunks are (``checkpoint.torch_dist.chunk_planner``), data files
+(``checkpoint.torch_dist.data_files``), what an earlier attempt left (``checkpoint.torch_dist.journal``), the commit
+(``checkpoint.folder.commit``).
 
 Chunks depend on shapes alone, so a checkpoint holds the same chunks whoever wrote it. All ranks know the whole list;
 each writes its part of what an earlier attempt has not completed.
@@ -27,25 +27,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from growth_megatron.checkpoint.folder.commit import (
-    UNFINISHED_FOLDER,
-    begin_resumable,
     commit_folder,
-    temporary_path,
 )
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
 from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, free_bytes
 from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner, plan_items
 from growth_megatron.checkpoint.torch_dist.data_files import (
-    FinishedFile,
     ParallelWriter,
     StoppedError,
     groups_of,
-    item_bytes,
-    read_journal,
     share,
-    sound_files,
 )
+from growth_megatron.checkpoint.torch_dist.journal import Journal, item_bytes
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
 from growth_megatron.errors import GrowthError, GrowthMegatronError
 from growth_megatron.model.tensors import TensorSource, is_constant
@@ -121,27 +115,27 @@ def write_checkpoint(
     files, objects = files or FileOperations(), objects or {}
     on_rank_zero(lambda: check_replaceable(target))
     items = on_all_ranks(lambda: plan_items(source, objects, chunk_bytes))
-    kept = _sound_attempt(target, fingerprint, items)
-    done = {index for file in kept.values() for index in file.items}
-    left = [item for item in items if item.index not in done]
-    temporary = on_rank_zero(lambda: _begin(target, kept, source, left, files))
+    journal = Journal(target, fingerprint, items, files)
+    left = journal.left(items)
+    on_rank_zero(lambda: _begin(target, journal, source, left))
     part = [item for group in share(groups_of(left), world_size())[rank()] for item in group]
     taken_over = sum(map(item_bytes, items)) - sum(map(item_bytes, left)) if rank() == 0 else 0
     meter = _Meter(progress, taken_over, taken_over + sum(map(item_bytes, part)))
-    storage = ParallelWriter(temporary, files, fingerprint, kept, writers, file_bytes, meter.add)
+    storage = ParallelWriter(journal, files, writers, file_bytes, meter.add)
     try:
         _save(storage, ChunkPlanner(source, objects, items, part, check_finite))
     except GrowthError:
         if rank() == 0:
-            files.remove_tree(temporary)
+            files.remove_tree(journal.temporary)
         raise
-    finished = [kept, *all_gather(storage.finished)]
+    finished = [journal.resumed, *all_gather(storage.finished)]
     entries = {name: file.entry for some in finished for name, file in some.items()}
     small = {FORMAT_NAME: FORMAT, **(extra_files or {}), COMMON_NAME: saved(dict(common))}
-    complete = on_rank_zero(lambda: _commit(target, manifest, small, entries, files))
-    resumed = sum(file.entry.size_bytes for file in kept.values())
+    complete = on_rank_zero(lambda: _commit(target, manifest, small, entries, journal, files))
     in_all = complete.total_bytes + (target / MANIFEST_NAME).stat().st_size
-    return WriteResult(target, complete, in_all - resumed, resumed, time.perf_counter() - started)
+    return WriteResult(
+        target, complete, in_all - journal.bytes_resumed, journal.bytes_resumed, time.perf_counter() - started
+    )
 
 
 def _commit(
@@ -149,39 +143,26 @@ def _commit(
     manifest: Manifest,
     small: Mapping[str, bytes],
     entries: Mapping[str, FileEntry],
+    journal: Journal,
     files: FileOperations,
 ) -> Manifest:
-    temporary = temporary_path(target)
-    files.remove_tree(temporary / UNFINISHED_FOLDER)
+    journal.end()
     for name, content in small.items():
-        files.make_directory((temporary / name).parent)
-        files.write(temporary / name, content)
+        files.make_directory((journal.temporary / name).parent)
+        files.write(journal.temporary / name, content)
     check_replaceable(target)  # again: writing takes its time, and the commit replaces what stands there
     return commit_folder(target, manifest, files, entries)
 
 
-def _sound_attempt(target: Path, fingerprint: str, items: list[WriteItem]) -> dict[str, FinishedFile]:
-    """What an unfinished attempt at the same job completed; the ranks share the summing of it."""
-    temporary = temporary_path(target)
-    found = on_rank_zero(lambda: read_journal(temporary, fingerprint, items))
-    mine = list(found)[rank() :: world_size()]
-    sound = on_all_ranks(lambda: sound_files(temporary, found, mine))
-    return {name: found[name] for part in all_gather(sound) for name in part}
-
-
-def _begin(
-    target: Path, kept: Mapping[str, FinishedFile], source: TensorSource, left: list[WriteItem], files: FileOperations
-) -> Path:
+def _begin(target: Path, journal: Journal, source: TensorSource, left: list[WriteItem]) -> None:
     """The temporary folder, once it is known that what is left to write has room."""
-    temporary = temporary_path(target)
-    if not kept and temporary.exists():
-        files.remove_tree(temporary)  # before the room is measured
+    journal.clear()  # before the room is measured
     needed = sum(item_bytes(item) + _ITEM_OVERHEAD_BYTES for item in left)
     if needed > free_bytes(target):
         constant = _constant_keys(source, left)
         needed = sum((item_bytes(i) if i.index.fqn not in constant else 0) + _ITEM_OVERHEAD_BYTES for i in left)
     check_room(target, needed, " more")
-    return begin_resumable(target, kept.keys(), files)
+    journal.begin()
 
 
 def _constant_keys(source: TensorSource, items: list[WriteItem]) -> set[str]:
