@@ -69,7 +69,7 @@ class GrownSource:
         return values
 
     def read_state(self, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
-        """A computed weight and its master are rounded from the same values, which are computed once."""
+        """Tensors of the region's shape; a computed weight and its master are rounded from values computed once."""
         computed: torch.Tensor | None = None
         for prefix in prefixes:
             _, rule = self._rule(prefix + name)
@@ -132,7 +132,7 @@ class GrownSource:
 def gather(
     rule: TensorRule, prefix: str, source: TensorSource, region: Region, factor: str, squared: bool = False
 ) -> torch.Tensor:
-    """``region`` of a target tensor out of its source's, times ``factor`` (an attribute of ``AxisRule``) per axis.
+    """``region`` of a target tensor, of that shape, out of its source's, times ``factor`` (of ``AxisRule``) per axis.
 
     Columns come before rows: a gathered source row serves all its copies. Coordinates without a source hold anything.
     The result is the caller's to change.

@@ -47,7 +47,7 @@ class TensorSource(Protocol):
         ...
 
     def read(self, key: str, region: Region) -> torch.Tensor:
-        """The values of ``region`` of a tensor, in its stored type, on the CPU."""
+        """The values of ``region`` of a tensor, of that shape, in its stored type, on the CPU."""
         ...
 
 
@@ -69,14 +69,15 @@ class StateSource(Protocol):
     """A source that computes a weight and its optimizer state from values that they share."""
 
     def read_state(self, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
-        """As ``read_state`` below."""
+        """As ``read_state`` below: tensors of the region's shape."""
         ...
 
 
 def read_state(source: TensorSource, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
     """``region`` of the tensors ``PREFIX + name`` of a source, one after the other, in the order of ``prefixes``.
 
-    What a weight and its master are both computed from is computed once; each tensor can go before the next is read.
+    Each is of the region's shape. What a weight and its master are both computed from is computed once; each tensor can
+    go before the next is read.
     """
     if isinstance(source, StateSource):
         yield from source.read_state(name, region, prefixes)
@@ -114,7 +115,7 @@ class WithFreshOptimizer:
         return values
 
     def read_state(self, name: str, region: Region, prefixes: Sequence[str]) -> Iterator[torch.Tensor]:
-        """The weights are read once for themselves and their master."""
+        """Tensors of the region's shape; the weights are read once for themselves and their master."""
         weights: torch.Tensor | None = None
         for prefix in prefixes:
             if prefix in MOMENT_PREFIXES:
@@ -140,7 +141,7 @@ def constant(element: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def is_constant(values: torch.Tensor) -> bool:
-    """Whether one element in memory stands for all."""
+    """Whether one element in memory stands for all, whatever the shape."""
     return values.numel() > 1 and not any(s for n, s in zip(values.shape, values.stride(), strict=True) if n > 1)
 
 

@@ -1,7 +1,7 @@
 """Learning rate as a pure function of the step: never stored, so never stale after a resume.
 
 Owns: the curves, and which steps of a growing run they are counted over.
-Does not own: setting the rate in an optimizer (``train.step``).
+Does not own: setting the rate in an optimizer (``train.engine``).
 """
 
 from __future__ import annotations

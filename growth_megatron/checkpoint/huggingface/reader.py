@@ -64,7 +64,7 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{self.path} holds no tensor {key}") from None
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """``region`` of a tensor (default: all of it), as megatron-core lays it out.
+        """``region`` of a tensor (default: all of it), of that shape, as megatron-core lays it out.
 
         Raises:
             CheckpointError: no such tensor, a region outside it, or a file that was cut short meanwhile.

@@ -62,7 +62,7 @@ class SafetensorsFile:
         self.tensors = self._parse_header()
 
     def read_rows(self, name: str, rows: slice, rest: Region, out: torch.Tensor) -> None:
-        """Fill ``out``, contiguous and of the stored type, with ``rows`` of a tensor, other axes cut to ``rest``."""
+        """Fill ``out``, ``[rows][sizes of rest]``, contiguous, of the stored type, with these rows and other axes."""
         stored = self.tensors[name]
         inner, dtype = stored.shape[1:], DTYPES[stored.type_name]
         row_bytes = math.prod(inner) * dtype.itemsize

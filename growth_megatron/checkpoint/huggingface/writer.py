@@ -83,7 +83,7 @@ class ExportedWeights:
         return TensorSpec(self._shapes[key], self._dtype or self._source.spec(key).dtype)
 
     def read(self, key: str, region: Region) -> torch.Tensor:
-        """The values of ``region`` as they are written.
+        """The values of ``region``, of its shape, as they are written.
 
         Raises:
             CheckpointError: a value that ``dtype`` cannot hold.

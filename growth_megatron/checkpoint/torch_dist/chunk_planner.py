@@ -137,12 +137,12 @@ class ChunkPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The content of one item."""
+        """The content of one item: a tensor of its chunk's shape, or bytes."""
         ((_, data),) = self.resolve_group([write_item])
         return data
 
     def resolve_group(self, group: Sequence[WriteItem]) -> Iterator[tuple[WriteItem, torch.Tensor | io.BytesIO]]:
-        """Content of items that are one object, or the same rows of a weight and of its optimizer state."""
+        """Content of items that are one object, or same rows of a weight and its state, each of its chunk's shape."""
         first = group[0]
         if first.tensor_data is None:
             yield first, io.BytesIO(self._objects[first.index.fqn])

@@ -191,7 +191,7 @@ class DataFile:
             self._file = open(self._path, "wb")  # noqa: SIM115 - closed by close()
 
     def append(self, item: WriteItem, data: torch.Tensor | io.BytesIO) -> WriteResult:
-        """Write an item at the end and say where it lies."""
+        """Write an item, a tensor of its chunk's shape or bytes, at the end and say where it lies."""
         start = self.size
         with self._clear_errors():
             if isinstance(data, io.BytesIO):

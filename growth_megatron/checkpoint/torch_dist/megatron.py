@@ -208,7 +208,7 @@ class Weights:
         return self._tensors.spec(key)
 
     def read(self, key: str, region: Region) -> torch.Tensor:
-        """The values of ``region`` as stored."""
+        """The values of ``region``, of its shape, as stored."""
         return self._tensors.read(key, region)
 
 

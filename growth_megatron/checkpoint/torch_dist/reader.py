@@ -145,7 +145,7 @@ class DistCheckpoint:
         return TensorSpec(shape, stored.entry.properties.dtype)
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """``region`` of a tensor (default: all of it), read straight into place; threads may read at once.
+        """``region`` of a tensor (default: all), of that shape, read straight into place; threads may read at once.
 
         A region in which one stored element stands for all (moments that were reset) comes as such: with stride 0.
 
