@@ -11,7 +11,6 @@ over the top level, whichever layer either comes from.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.messages import STAGE_SECTIONS, Problem, from_validation, locate, render
 from growth_megatron.config.overrides import PLACE, Override, apply_overrides
 from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.words import closest
 from growth_megatron.errors import ConfigError
 
 DEFAULT_STAGE = "main"
@@ -96,8 +96,8 @@ def _read(path: Path, mentioned: str = "") -> Node:
     if not path.parent.is_dir():
         raise ConfigError(f"{prefix}{path}: no such file, nor folder {path.parent}; give the path of a YAML file")
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
-    close = difflib.get_close_matches(path.name, names, 1)
-    hint = f"did you mean {path.parent / close[0]}?" if close else "give the path of a YAML file"
+    near = [path.parent / name for name in closest(path.name, names)]
+    hint = f"did you mean {near[0]}?" if near else "give the path of a YAML file"
     raise ConfigError(f"{prefix}{path}: no such file; {hint}")
 
 

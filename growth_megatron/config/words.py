@@ -14,9 +14,9 @@ _CUTOFF = 0.6  # of difflib's ratio: one slip in a short word, two or three in a
 
 def closest(word: str, allowed: Iterable[str], count: int = 1) -> list[str]:
     """Up to ``count`` of the ``allowed`` words that ``word`` may have been meant to be, the likeliest first."""
-    by_lower = {name.lower(): name for name in allowed}
-    found = difflib.get_close_matches(word.lower().replace("-", "_"), by_lower, count, _CUTOFF)
-    return [by_lower[name] for name in found]
+    by_plain = {name.lower().replace("-", "_"): name for name in allowed}
+    found = difflib.get_close_matches(word.lower().replace("-", "_"), by_plain, count, _CUTOFF)
+    return [by_plain[name] for name in found]
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Multipliers
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.config.words import listed
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.conditions import check_growth, width_changes
 from growth_megatron.growth.layers import resolve_layers
@@ -109,10 +110,9 @@ def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:
     if len(stored) != len(prefixes) * len(shapes) and not wrong:
         wrong.append("the optimizer state covers only some of the weights")
     if wrong:
-        rest = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise GrowthError(
             f"the source is not the model of {plan.source_geometry.num_layers} layers and hidden size "
-            f"{plan.source_geometry.hidden_size} it is said to be: {'; '.join(wrong[:5])}{rest}; "
+            f"{plan.source_geometry.hidden_size} it is said to be: {listed(wrong)}; "
             "compare with growth-megatron inspect"
         )
 
