@@ -81,7 +81,7 @@ def batches(step: int, stage: StageConfig) -> list[Batch]:
     ]
 
 
-def losses_of_layouts(cases: list[dict[str, Any]], steps: int = 10) -> list[dict[str, Any]]:
+def losses_of_layouts(cases: list[dict[str, Any]], steps: int = 6) -> list[dict[str, Any]]:
     """Losses and gradient norms of ``steps`` updates for each case (arguments of ``stage_of``)."""
     results = []
     for case in cases:

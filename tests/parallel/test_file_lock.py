@@ -16,7 +16,7 @@ import pytest
 
 from growth_megatron.errors import CheckpointError
 from growth_megatron.parallel.file_lock import locked
-from tests.pool import ROOT, environment
+from tests.pool import ROOT, TIMEOUT_S, environment
 
 HELD = CheckpointError("held elsewhere")
 
@@ -74,7 +74,7 @@ def test_later_holders_exclude_each_other_on_the_same_file(tmp_path: Path) -> No
     takers = [context.Process(target=_take, args=(str(path), 0.3, results)) for _ in range(3)]
     for taker in takers:
         taker.start()
-    spans = sorted(results.get(timeout=60) for _ in takers)
+    spans = sorted(results.get(timeout=TIMEOUT_S) for _ in takers)
     for taker in takers:
         taker.join()
     assert all(ended <= started for (_, ended), (started, _) in itertools.pairwise(spans))
