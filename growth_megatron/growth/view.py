@@ -80,6 +80,7 @@ class GrownSource:
             elif rule.is_selection:
                 yield self._source.read(f"{prefix}{rule.source}", region)
             elif prefix in MOMENT_PREFIXES:
+                computed = None  # weight and master come before the moments
                 yield self._moment(rule, prefix, region).to(spec.dtype)
             else:
                 computed = self._weight(rule, prefix, region) if computed is None else computed

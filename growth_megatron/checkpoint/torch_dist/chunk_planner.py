@@ -151,8 +151,8 @@ class ChunkPlanner(SavePlanner):
         region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
         keys = [split_state_key(item.index.fqn) for item in group]
         states = read_state(self._source, keys[0][1], region, [prefix for prefix, _ in keys])
-        for item, values in zip(group, states, strict=True):
-            yield item, self._checked(item, region, values.detach())
+        for item in group:  # no name here for the values: they can go before the next ones are computed
+            yield item, self._checked(item, region, next(states).detach())
 
     def _checked(self, item: WriteItem, region: Region, values: torch.Tensor) -> torch.Tensor:
         key, data = item.index.fqn, item.tensor_data

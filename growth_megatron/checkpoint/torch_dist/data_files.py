@@ -152,6 +152,7 @@ class ParallelWriter(StorageWriter):
                         file = DataFile(self._folder, name)
                     for item, data in planner.resolve_group(group):
                         results.append(file.append(item, data))
+                        del data  # before the next is computed
                         if item_bytes(item) >= _TRIM_BYTES:
                             _return_free_memory()
                         self._done(item_bytes(item))
