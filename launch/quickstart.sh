@@ -43,8 +43,8 @@ export PATH=$venv/bin:$PATH
 settings=$("$python" - "$config" "$@" <<'PYTHON'
 import sys
 
-from growth_megatron.config.load import load_config
 from growth_megatron.errors import GrowthMegatronError
+from growth_megatron.growth.configuration import load_config
 
 try:
     config = load_config(sys.argv[1], sys.argv[2:]).config

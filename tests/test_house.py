@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,3 +129,11 @@ def test_no_tensor_is_named_outside_the_table() -> None:
 
 def test_readme_has_the_table_of_the_registry() -> None:
     assert markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_what_shell_scripts_and_documents_import_exists() -> None:
+    texts = "\n".join(path.read_text() for where in ("launch/*.sh", "*.md", "docs/*.md") for path in ROOT.glob(where))
+    found = re.findall(r"from (growth_megatron[\w.]*) import (\w+)", texts)
+    assert ("growth_megatron.growth.configuration", "load_config") in found
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"

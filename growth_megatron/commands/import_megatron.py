@@ -11,10 +11,11 @@ import yaml
 
 from growth_megatron.checkpoint.folder.commit import exclusive
 from growth_megatron.checkpoint.folder.files import FileOperations
-from growth_megatron.checkpoint.folder.manifest import checksum_files
+from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, checksum_files
 from growth_megatron.checkpoint.folder.target import check_new
 from growth_megatron.checkpoint.origin import fresh_objects
 from growth_megatron.checkpoint.torch_dist.megatron import SETTINGS, MegatronCheckpoint
+from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.commands.parsing import Subparsers, add_command
 from growth_megatron.config.lines import model_line, model_section
@@ -66,6 +67,7 @@ def import_megatron(source: Path, target: Path, settings: dict[str, Any], *, wei
         CheckpointError: it is no model of this library, does not say all of it, its optimizer state fits one layout
             alone, or the target exists or cannot be written.
     """
+    _check_source(source)
     found = MegatronCheckpoint(source, settings, weights_only=weights_only)
     check_new(target, source)
     print(f"source  {source}\n        {model_line(found.geometry)}\ntarget  {target}", flush=True)
@@ -94,6 +96,15 @@ def import_megatron(source: Path, target: Path, settings: dict[str, Any], *, wei
         f"train it with checkpoint.resume={target}, a new run.directory and\n"
         + "\n".join(model_section(found.geometry))
     )
+
+
+def _check_source(source: Path) -> None:
+    if (source / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{source} is a checkpoint of this library already: checkpoint.resume={source} takes it")
+    if not (source / METADATA_NAME).is_file() and (iterations := sorted(source.glob("iter_*"))):
+        raise CheckpointError(
+            f"{source} holds {len(iterations)} checkpoints; name one of them, such as {iterations[-1]}"
+        )
 
 
 def _links(found: MegatronCheckpoint) -> LinkPlan:

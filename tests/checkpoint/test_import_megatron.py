@@ -213,3 +213,13 @@ def test_another_model_is_refused_by_its_arguments(
     torch.save(common, tmp_path / "other" / "common.pt")
     assert main(["import-megatron", str(tmp_path / "other"), str(tmp_path / "c")]) == EXIT_USAGE
     assert f"{argument} is {value!r}, allowed:" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_and_a_checkpoint_of_this_library_are_named(
+    saved: tuple[Path, dict[str, list[float]]], imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(saved[0] / "plain", tmp_path / "run" / "iter_0000003")
+    assert main(["import-megatron", str(tmp_path / "run"), str(tmp_path / "c")]) == EXIT_USAGE
+    assert f"name one of them, such as {tmp_path / 'run' / 'iter_0000003'}" in capsys.readouterr().err
+    assert main(["import-megatron", str(imported / "plain"), str(tmp_path / "c")]) == EXIT_USAGE
+    assert "is a checkpoint of this library already" in capsys.readouterr().err

@@ -74,7 +74,9 @@ def option_problems(growth: GrowthConfig) -> list[Problem]:
     unknown = [part for part in parts if part not in known]
     if unknown:
         allowed = f"allowed: {', '.join(known)}, or DEPTH+WIDTH"
-        return [("operator", f"{part!r} is no operator{did_you_mean(part, known)}; {allowed}") for part in unknown]
+        return [
+            ("operator", f"{part!r} is no operator{did_you_mean(part, known) or ';'} {allowed}") for part in unknown
+        ]
     depths = [name for name, operator in known.items() if operator.depth]
     widths = [name for name, operator in known.items() if operator.width]
     if len(parts) > 2 or (len(parts) == 2 and (parts[0] not in depths or parts[1] not in widths)):
