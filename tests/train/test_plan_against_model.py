@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 
 
 def _run(world_size: int, *layouts: tuple[int, int, int]) -> list[list[dict[str, Any]]]:
-    return run_ranks("tests.config.allocated:allocated", world_size, {"layouts": layouts})
+    return run_ranks("tests.train.allocated:allocated", world_size, {"layouts": layouts})
 
 
 def _check_states(found: dict[str, Any]) -> None:
