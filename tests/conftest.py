@@ -1,4 +1,4 @@
-"""Bounds of time for no test, and a small corpus, prepared once, for every test that trains.
+"""Bounds of time for no test; a small corpus, prepared once, for every test that trains; a small valid configuration.
 
 Owns: what holds for the whole suite. Does not own: processes (``tests.pool``).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,54 @@ def write_growing_config(folder: Path, prepared_corpus: Path) -> Path:
 def growing_config(prepared_corpus: Path, tmp_path: Path) -> Path:
     """``write_growing_config`` in a folder of the test's own."""
     return write_growing_config(tmp_path, prepared_corpus)
+
+
+VALID = """\
+run:
+  directory: runs/test
+  seed: 7
+model:
+  num_layers: 4
+  hidden_size: 64
+  num_attention_heads: 4
+  num_query_groups: 2
+  ffn_hidden_size: 160
+  vocab_size: 500
+  sequence_length: 128
+data:
+  tokenizer: tokenizer.model
+  train:
+    - path: corpus
+schedule:
+  learning_rate: 1e-3
+training:
+  steps: 20
+  global_batch_size: 8
+  micro_batch_size: 2
+stages:
+  - name: base
+  - name: grown
+    model:
+      num_layers: 16
+    training:
+      tokens: 20_480
+"""
+
+
+@pytest.fixture
+def valid() -> str:
+    return VALID
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Write a file below a temporary working directory and return its relative name."""
+    monkeypatch.chdir(tmp_path)
+
+    def _write(text: str, name: str = "run.yaml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return name
+
+    return _write
