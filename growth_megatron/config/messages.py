@@ -62,7 +62,7 @@ def render(problems: Iterable[Problem]) -> str:
         name, _, line = problem.place.rpartition(":")
         return (name, int(line), problem.path) if line.isdigit() else (problem.place, 0, problem.path)
 
-    return "\n".join(str(problem) for problem in sorted(set(problems), key=position))
+    return "\n".join(str(problem) for problem in sorted(dict.fromkeys(problems), key=position))
 
 
 def locate(root: Node, keys: Sequence[str | int]) -> tuple[Node, str]:
