@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")  # a busy machine is no fault of what is tested
+
+# A suite that a script started in the background inherits an ignored SIGINT, and so would the launchers it starts, which
+# leave it ignored, as nohup demands.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 300
 
