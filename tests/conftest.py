@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")  # a busy machine is no fault of what is tested
 
-# A suite that a script started in the background inherits an ignored SIGINT, and so would the launchers it starts, which
-# leave it ignored, as nohup demands.
+# A suite that a script started in the background inherits an ignored SIGINT, and so would the launchers that it starts;
+# they leave it ignored, as nohup demands.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 300

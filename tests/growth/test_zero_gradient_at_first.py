@@ -41,8 +41,8 @@ def fused_rows(model: ModelConfig) -> list[tuple[str, int, int, int]]:
     groups, h = model.num_query_groups, model.head_dim
     rows = []
     for group in range(groups):
-        a_group = model.num_attention_heads // groups
-        blocks = [*(("q", head) for head in range(a_group)), ("k", 0), ("v", 0)]
+        heads_per_group = model.num_attention_heads // groups
+        blocks = [*(("q", head) for head in range(heads_per_group)), ("k", 0), ("v", 0)]
         rows += [(kind, group, head, channel) for kind, head in blocks for channel in range(h)]
     return rows
 
@@ -86,9 +86,9 @@ def _silent_groups(plan: GrowthPlan) -> dict[str, Mask]:
 
 def _silent_heads(plan: GrowthPlan) -> dict[str, Mask]:
     source = plan.source_geometry
-    groups, a_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
+    groups, heads_per_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
     rows = [
-        kind == "q" and group < groups and head >= a_group for kind, group, head, _ in fused_rows(plan.target_geometry)
+        kind == "q" and group < groups and head >= heads_per_group for kind, group, head, _ in fused_rows(plan.target_geometry)
     ]
     return {QKV: (rows, False)}
 
