@@ -33,15 +33,15 @@ def models(draw: st.DrawFn) -> ModelConfig:
 @st.composite
 def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthConfig]:
     """A target and options out of all that copies along the width and keeps the function."""
-    groups, a_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
+    groups, heads_per_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
     kind = draw(st.sampled_from(["keep", "heads", "groups", "both"]))
     if kind == "heads":
-        a_group = draw(st.integers(a_group, 2 * a_group))
+        heads_per_group = draw(st.integers(heads_per_group, 2 * heads_per_group))
     elif kind == "groups":
-        groups, a_group = groups * a_group, 1
+        groups, heads_per_group = groups * heads_per_group, 1
     elif kind == "both":
         groups = draw(st.integers(groups, 2 * groups))
-        a_group = draw(st.integers(a_group, 2 * a_group))
+        heads_per_group = draw(st.integers(heads_per_group, 2 * heads_per_group))
     depth = draw(st.sampled_from(["", "identity+", "zero+"]))
     target = changed(
         source,
@@ -49,7 +49,7 @@ def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCo
         hidden_size=draw(st.integers(source.hidden_size, 3 * source.hidden_size)),
         ffn_hidden_size=draw(st.integers(source.ffn_hidden_size, 2 * source.ffn_hidden_size)),
         head_dim=source.head_dim * draw(st.integers(1, 2)),
-        num_attention_heads=groups * a_group,
+        num_attention_heads=groups * heads_per_group,
         num_query_groups=groups,
         tie_embeddings=source.tie_embeddings and draw(st.booleans()),
     )
@@ -67,7 +67,7 @@ def copying(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCo
 def adding(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthConfig]:
     """As ``copying``, for new coordinates that are zero or without a say."""
     groups = source.num_query_groups + draw(st.integers(0, 2))
-    a_group = source.num_attention_heads // source.num_query_groups + draw(st.integers(0, 2))
+    heads_per_group = source.num_attention_heads // source.num_query_groups + draw(st.integers(0, 2))
     hidden = draw(st.integers(source.hidden_size, 2 * source.hidden_size))
     scaled = source.norm_epsilon * source.hidden_size / hidden
     target = changed(
@@ -76,7 +76,7 @@ def adding(draw: st.DrawFn, source: ModelConfig) -> tuple[ModelConfig, GrowthCon
         hidden_size=hidden,
         ffn_hidden_size=draw(st.integers(source.ffn_hidden_size, 2 * source.ffn_hidden_size)),
         head_dim=source.head_dim * (1 if source.qk_norm else draw(st.integers(1, 2))),
-        num_attention_heads=groups * a_group,
+        num_attention_heads=groups * heads_per_group,
         num_query_groups=groups,
         norm_epsilon=source.norm_epsilon if source.qk_norm else draw(st.sampled_from([source.norm_epsilon, scaled])),
     )

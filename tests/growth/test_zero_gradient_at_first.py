@@ -88,7 +88,8 @@ def _silent_heads(plan: GrowthPlan) -> dict[str, Mask]:
     source = plan.source_geometry
     groups, heads_per_group = source.num_query_groups, source.num_attention_heads // source.num_query_groups
     rows = [
-        kind == "q" and group < groups and head >= heads_per_group for kind, group, head, _ in fused_rows(plan.target_geometry)
+        kind == "q" and group < groups and head >= heads_per_group
+        for kind, group, head, _ in fused_rows(plan.target_geometry)
     ]
     return {QKV: (rows, False)}
 
