@@ -23,9 +23,9 @@ from growth_megatron.errors import EXIT_INTERRUPTED, EXIT_OK, GrowthMegatronErro
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code (``growth_megatron.errors``)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser_for(arguments).parse_args(arguments)
-    # What megatron-core lacks on this machine is known and handled; it says so once per import.
+    # What megatron-core lacks on this machine is known and handled; it says so whenever it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    options = parser_for(arguments).parse_args(arguments)
     try:
         return int(_module(options.command).run(options))
     except GrowthMegatronError as error:

@@ -367,3 +367,11 @@ def test_as_a_process_a_mistake_ends_with_2_and_one_line(growing_config: Path) -
     (line,) = outcome.err.splitlines()
     assert line.startswith("growth-megatron train: command line: trainin: ")
     assert "did you mean training?" in line
+
+
+@pytest.mark.parametrize("command", ["prepare-data", "import-megatron"])
+def test_as_a_process_a_command_that_loads_megatron_core_shows_none_of_its_warnings(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "growth_megatron", command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
