@@ -10,45 +10,70 @@ Numbers follow YAML 1.2 with Python's underscores: ``1e-4`` is a float and ``10_
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from growth_megatron.config.words import closest
 from growth_megatron.errors import ConfigError
 
-# Of each group at most one key is in force, so the later layer's choice puts out the earlier layer's.
-EXCLUSIVE_KEYS = {"training": ({"steps", "tokens"},)}
-# An empty section ("optimizer:" with everything under it commented out) changes nothing.
+LENGTHS = ("steps", "tokens")
+"""At most one of them is in force, so the later layer's choice puts out the earlier layer's."""
 SECTIONS = frozenset(
     {"run", "model", "parallel", "data", "optimizer", "schedule", "training"}
     | {"checkpoint", "evaluation", "logging", "stages", "growth"}
 )
+"""An empty one ("optimizer:" with everything under it commented out) is as if it were not there."""
 
 MEGATRON_NAMES = {
     "model": {
-        "make_vocab_size_divisible_by": "vocab_multiple",
-        "layernorm_epsilon": "norm_epsilon",
-        "rotary_base": "rope_base",
-        "kv_channels": "head_dim",
-        "init_method_std": "init_std",
+        "make_vocab_size_divisible_by": "vocab_multiple", "layernorm_epsilon": "norm_epsilon",
+        "rotary_base": "rope_base", "kv_channels": "head_dim", "init_method_std": "init_std",
         "seq_length": "sequence_length",
     },
     "parallel": {
-        "tensor_model_parallel_size": "tensor_parallel_size",
-        "pipeline_model_parallel_size": "pipeline_parallel_size",
-        "virtual_pipeline_model_parallel_size": "virtual_pipeline_parallel_size",
+        f"{kind}_model_parallel_size": f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline")
     },
     "training": {"recompute_granularity": "recompute"},
     "optimizer": {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_eps": "epsilon"},
-}
+}  # fmt: skip
 """Names that Megatron-LM has for our keys, by section: either is taken, and ours is written."""
 
-_INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,99}")
-_HEXADECIMAL = re.compile(r"0x[0-9a-fA-F_]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
-_SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+_LARGEST = 20_000  # nodes of a file, aliases written out; a configuration has a few hundred
+
+_TAG = "tag:yaml.org,2002:"
+_SYNTAX = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9][0-9_]{0,99}|0x[0-9a-fA-F_]+",
+    "float": r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_MEANING: dict[str, Callable[[str], Any]] = {
+    _TAG + "null": lambda text: None,
+    _TAG + "bool": lambda text: text.lower() == "true",
+    _TAG + "int": lambda text: int(text.replace("_", ""), 16 if "x" in text else 10),
+    _TAG + "float": lambda text: float(re.sub(r"\.(?=[in])|_", "", text.lower())),
+    _TAG + "str": str,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the number syntax of this module."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as PyYAML has it
+
+
+for _name, _pattern in _SYNTAX.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"({_pattern})$"), None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what the loader would not take for text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)
@@ -58,51 +83,26 @@ class Node:
     value: Any  # dict[str, Node], list[Node], or a scalar
     place: str
     path: str = ""
-    raw: str | None = None  # a plain scalar as written
 
     def child(self, key: str | int) -> Node | None:
         """The node under ``key`` of a mapping or list, else None."""
-        if isinstance(self.value, dict):
-            found: Node | None = self.value.get(str(key))
-            return found
-        if isinstance(self.value, list) and isinstance(key, int) and 0 <= key < len(self.value):
-            item: Node = self.value[key]
-            return item
-        return None
+        below: dict[str | int, Node] = self.value if isinstance(self.value, dict) else {}
+        if isinstance(self.value, list) and isinstance(key, int):
+            below = dict(enumerate(self.value))
+        return below.get(key)
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it."""
+        yield self
+        below = self.value.values() if isinstance(self.value, dict) else self.value
+        for child in below if isinstance(self.value, dict | list) else ():
+            yield from child.walk()
 
     def plain(self) -> Any:
         """The same data as dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that leaves plain scalars as text; ``_scalar`` gives them their type."""
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
-        if kind is yaml.ScalarNode and implicit[0]:
-            return "tag:yaml.org,2002:str"
-        return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
-
-
-def _scalar(text: str) -> Any:
-    lowered = text.lower()
-    if lowered in ("", "~", "null"):
-        return None
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    if lowered in _SPECIAL:
-        return float(_SPECIAL[lowered])
-    if _INTEGER.fullmatch(text):
-        return int(text.replace("_", ""))
-    if _HEXADECIMAL.fullmatch(text):
-        return int(text.replace("_", ""), 16)
-    if _FLOAT.fullmatch(text):
-        return float(text.replace("_", ""))
-    return text
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
 
 class _Builder:
@@ -112,7 +112,7 @@ class _Builder:
         self.name = name
         self.numbered = numbered
         self.faults: list[str] = []
-        self.open: set[int] = set()
+        self.built = 0
 
     def place(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}" if self.numbered else self.name
@@ -121,49 +121,36 @@ class _Builder:
         self.faults.append(f"{self.place(node)}: {text}")
 
     def build(self, node: yaml.Node, path: str) -> Node:
-        if id(node) in self.open:
-            self.fault(node, f"{path}: an alias refers to the value it is part of; write the value out")
-            return Node(None, self.place(node), path)
-        self.open.add(id(node))
+        self.built += 1
+        if self.built > _LARGEST:
+            raise ConfigError(f"{self.place(node)}: more than {_LARGEST} values, aliases counted; write fewer")
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            items = [self.build(item, f"{path}.{_item_label(item, index)}") for index, item in enumerate(node.value)]
+            return Node(items, self.place(node), path)
         try:
-            if isinstance(node, yaml.MappingNode):
-                return self.mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return self.sequence(node, path)
-            assert isinstance(node, yaml.ScalarNode)
-            return self.scalar(node, path)
-        finally:
-            self.open.discard(id(node))
-
-    def scalar(self, node: yaml.ScalarNode, path: str) -> Node:
-        plain = node.style is None and node.tag == "tag:yaml.org,2002:str"
-        if not node.tag.startswith("tag:yaml.org,2002:") or (not plain and not node.tag.endswith(":str")):
-            self.fault(node, f"{path}: tag {node.tag!r} is not supported; write a plain value")
-        return Node(_scalar(node.value) if plain else node.value, self.place(node), path, node.value if plain else None)
-
-    def sequence(self, node: yaml.SequenceNode, path: str) -> Node:
-        items = []
-        for index, item in enumerate(node.value):
-            items.append(self.build(item, f"{path}.{_item_label(item, index)}"))
-        return Node(items, self.place(node), path)
+            return Node(_MEANING[node.tag](node.value), self.place(node), path)
+        except (KeyError, ValueError):
+            self.fault(node, f"{path}: tag {node.tag!r} is not supported here; write a plain value")
+            return Node(None, self.place(node), path)
 
     def mapping(self, node: yaml.MappingNode, path: str) -> Node:
         content: dict[str, Node] = {}
         shared: list[Node] = []
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.fault(key_node, f"{path or 'top level'}: a key must be a plain word; remove the brackets")
-                continue
             key = our_name(path.rpartition(".")[2], str(key_node.value))
             here = f"{path}.{key}" if path else key
-            if key == "<<" and key_node.style is None:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.fault(key_node, f"{path or 'top level'}: a key must be a plain word; remove the brackets")
+            elif key == "<<" and key_node.style is None:
                 shared += self.shared(value_node, path)
-                continue
-            if key in content:
+            elif key in content:
                 first = content[key].place
                 self.fault(key_node, f"{here}: is given twice, first at {first}; keep one of them")
-                continue
-            content[key] = replace(self.build(value_node, here), place=self.place(key_node))
+            else:
+                content[key] = replace(self.build(value_node, here), place=self.place(key_node))
+        content = {key: child for key, child in content.items() if child.value is not None or key not in SECTIONS}
         result = Node(content, self.place(node), path)
         for lower in shared:
             result = merge(lower, result)
@@ -171,12 +158,11 @@ class _Builder:
 
     def shared(self, node: yaml.Node, path: str) -> list[Node]:
         """Mappings of a ``<<`` key."""
-        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        built = [self.build(item, path) for item in nodes]
-        if any(not isinstance(item.value, dict) for item in built):
-            self.fault(node, f"{path}.<<: must refer to a mapping (an anchor like *name)")
-            return []
-        return built
+        built = [self.build(item, path) for item in (node.value if isinstance(node, yaml.SequenceNode) else [node])]
+        if all(isinstance(item.value, dict) for item in built):
+            return built
+        self.fault(node, f"{path}.<<: must refer to a mapping (an anchor like *name)")
+        return []
 
 
 def our_name(section: str, key: str) -> str:
@@ -186,10 +172,9 @@ def our_name(section: str, key: str) -> str:
 
 def _item_label(node: yaml.Node, index: int) -> str:
     """How a list item is addressed: a stage by its name, anything else by its index."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == "name" and isinstance(value, yaml.ScalarNode) and not value.value.isdigit():
-                return str(value.value)
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value == "name" and isinstance(value, yaml.ScalarNode) and not value.value.isdigit():
+            return str(value.value)
     return str(index)
 
 
@@ -204,37 +189,36 @@ def parse(text: str, name: str, *, numbered: bool = True, path: str = "") -> Nod
     Raises:
         ConfigError: invalid YAML, duplicate keys, tags; all of them but the first kind at once.
     """
+    builder = _Builder(name, numbered)
     try:
         root = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        node = builder.build(root, path) if root else Node(None, f"{name}:1" if numbered else name, path)
+    except RecursionError:
+        raise ConfigError(
+            f"{name}: is nested too deeply, or an alias refers to the value it is part of; write values out"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = f"{name}:{mark.line + 1}" if mark and numbered else name
-        reason = " ".join(part for part in (error.context, error.problem) if part)
+        reason = " ".join((getattr(error, "problem", None) or str(error)).split())
         raise ConfigError(
             f"{place}: not valid YAML: {reason}; check indentation (spaces, no tabs), colons and quotes here"
         ) from None
-    except RecursionError:
-        raise ConfigError(f"{name}: is nested too deeply; a configuration has a few levels only") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}; save it as plain text") from None
-    if root is None:
-        return Node(None, f"{name}:1" if numbered else name, path)
-    builder = _Builder(name, numbered)
-    node = builder.build(root, path)
     if builder.faults:
         raise ConfigError("\n".join(builder.faults))
     return node
 
 
-def read(path: Path) -> Node:
-    """The YAML mapping in ``path``; ConfigError if it is not readable or not a mapping."""
+def read(path: Path, mentioned: str = "") -> Node:
+    """The YAML mapping in ``path``; ConfigError if there is none, ``mentioned`` being the place that names the file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        node = parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; give a YAML file") from None
+        raise ConfigError(f"{mentioned}{path}: is not UTF-8 text; give a YAML file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    node = parse(text, str(path))
+        near = closest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")]) if not path.exists() else []
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        raise ConfigError(f"{mentioned}{path}: {(error.strerror or '').lower()}; {hint}") from None
     if node.value is None:
         raise ConfigError(f"{path}:1: the file is empty; it needs sections such as run, model, data and training")
     if not isinstance(node.value, dict):
@@ -242,32 +226,16 @@ def read(path: Path) -> Node:
     return node
 
 
-def merge(lower: Node, upper: Node, name: str = "") -> Node:
-    """``upper`` over ``lower``: mappings key by key, anything else replaced; ``name`` is the key they are under."""
-    if upper.value is None and isinstance(lower.value, dict) and name in SECTIONS:
-        return lower
+def merge(lower: Node, upper: Node) -> Node:
+    """``upper`` over ``lower``: mappings key by key, anything else replaced."""
     if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
         return upper
     content = dict(lower.value)
-    for group in EXCLUSIVE_KEYS.get(name, ()):
-        given = {key for key in group if key in upper.value and upper.value[key].value is not None}
-        if given:
-            for key in group - given:
-                content.pop(key, None)
+    if any(key in upper.value and upper.value[key].value is not None for key in LENGTHS):
+        content = {key: node for key, node in content.items() if key not in LENGTHS}
     for key, node in upper.value.items():
-        content[key] = merge(content[key], node, key) if key in content else node
+        content[key] = merge(content[key], node) if key in content else node
     return replace(upper, value=content)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which ``parse`` would take for a number, as YAML 1.1 does not."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if _scalar(text) == text else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
 
 
 def dump(data: dict[str, Any]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
+from typing_extensions import Self
 
-from growth_megatron.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
+from growth_megatron.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section, refuse
 
 
 class GrowthConfig(Section):
@@ -38,3 +39,9 @@ class GrowthConfig(Section):
     multipliers: bool = Field(
         False, description="learning rate, weight decay and epsilon per parameter such that the source run is followed"
     )
+
+    @model_validator(mode="after")
+    def _known_to_the_operators(self, info: ValidationInfo) -> Self:
+        if info.context:
+            refuse(info.context.option_problems(self))
+        return self

@@ -7,7 +7,7 @@ Does not own: the rules (``config.schema``, ``config.checks``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
@@ -21,24 +21,22 @@ from growth_megatron.config.words import closest
 
 STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training")
 
-# Names of other tools that no spelling distance would find.
 _SYNONYMS = {
-    "lr": "learning_rate", "max_lr": "learning_rate", "min_lr": "min_learning_rate", "eps": "epsilon",
-    "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
-    "dim": "hidden_size", "d_model": "hidden_size", "n_embd": "hidden_size", "n_layers": "num_layers",
-    "n_layer": "num_layers", "num_hidden_layers": "num_layers", "n_heads": "num_attention_heads",
-    "n_head": "num_attention_heads", "num_key_value_heads": "num_query_groups", "n_kv_heads": "num_query_groups",
-    "intermediate_size": "ffn_hidden_size", "rms_norm_eps": "norm_epsilon",
-    "rope_theta": "rope_base",
-    "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std",
-    "seq_len": "sequence_length", "max_position_embeddings": "sequence_length",
-    "max_steps": "steps", "train_iters": "steps", "batch_size": "global_batch_size", "dtype": "precision",
-    "tp": "tensor_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "dp": "data_parallel_size",
-    "save_interval": "interval_steps", "log_interval": "interval_steps", "eval_interval": "interval_steps",
+    other: ours
+    for ours, others in {
+        "learning_rate": "lr max_lr", "min_learning_rate": "min_lr", "epsilon": "eps", "steps": "max_steps train_iters",
+        "clip_grad": "max_grad_norm grad_clip", "hidden_size": "dim d_model n_embd",
+        "num_layers": "n_layers n_layer num_hidden_layers", "num_attention_heads": "n_heads n_head",
+        "num_query_groups": "num_key_value_heads n_kv_heads", "ffn_hidden_size": "intermediate_size",
+        "norm_epsilon": "rms_norm_eps", "rope_base": "rope_theta", "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range", "sequence_length": "seq_len max_position_embeddings",
+        "global_batch_size": "batch_size", "precision": "dtype", "tensor_parallel_size": "tp",
+        "pipeline_parallel_size": "pp", "data_parallel_size": "dp",
+        "interval_steps": "save_interval log_interval eval_interval",
+    }.items()
+    for other in others.split()
 }  # fmt: skip
-
+"""Names of other tools that no spelling distance would find."""
 
 _EXPONENTS = {"k": 3, "m": 6, "b": 9, "t": 12}
 
@@ -84,32 +82,24 @@ def from_validation(errors: Sequence[ErrorDetails], root: Node) -> list[Problem]
     """Problems of pydantic's errors over the tree ``root``, which has the shape of a RunConfig."""
     problems: list[Problem] = []
     excused: set[str] = set()  # names that a misspelt key was meant to give
-    for error in (e for e in errors if e["type"] == "extra_forbidden"):
-        node, path = locate(root, error["loc"])
-        text, meant = _unknown(str(error["loc"][-1]), error["loc"][:-1])
-        excused.add(f"{path.rpartition('.')[0]}/{meant}")
-        problems.append(Problem(node.place, path, text))
-    for error in (e for e in errors if e["type"] != "extra_forbidden"):
-        keys = error["loc"]
+    for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
+        keys, kind = error["loc"], error["type"]
         node, path = locate(root, keys)
-        if error["type"] == "too_short" and node.value:
-            continue  # pydantic counts valid entries; the invalid ones have their own error
-        if error["type"] == "combination":
-            problems += _combination(root, keys, error["ctx"]["problems"])
-        elif error["type"] != "missing":
+        section = path.rpartition(".")[0]
+        if kind == "extra_forbidden":
+            text, meant = _unknown(str(keys[-1]), keys[:-1])
+            excused.add(f"{section}/{meant}")
+            problems.append(Problem(node.place, path, text))
+        elif kind == "combination":  # of several keys, each with its own problem
+            for name, text in error["ctx"]["problems"]:
+                below = [int(key) if key.isdigit() else key for key in name.split(".") if key]
+                node, path = locate(root, [*keys, *below])
+                problems.append(Problem(node.place, path, text))
+        elif kind == "missing":
+            if f"{section}/{keys[-1]}" not in excused:
+                problems.append(Problem(node.place, path, f"is required and missing; add it{_hint(keys)}"))
+        elif kind != "too_short" or not node.value:  # pydantic counts valid entries; the others have their own error
             problems.append(Problem(node.place, path, _bad_value(node, error)))
-        elif f"{path.rpartition('.')[0]}/{keys[-1]}" not in excused:
-            problems.append(Problem(node.place, path, f"is required and missing; add it{_hint(keys)}"))
-    return problems
-
-
-def _combination(root: Node, keys: tuple[str | int, ...], entries: Sequence[tuple[str, str]]) -> list[Problem]:
-    """Problems that a validator of several keys reports, each at the key it names."""
-    problems = []
-    for name, text in entries:
-        full = [*keys, *(int(key) if key.isdigit() else key for key in name.split(".") if key)]
-        node, path = locate(root, full)
-        problems.append(Problem(node.place, path, text))
     return problems
 
 
@@ -143,26 +133,23 @@ def _unknown(key: str, parent: tuple[str | int, ...]) -> tuple[str, str | None]:
 
 def _bad_value(node: Node, error: ErrorDetails) -> str:
     """The value, pydantic's words, what the field is about, and the slip that was probably made."""
-    value = node.plain()
-    if error["type"] == "value_error":
+    value, kind = node.plain(), error["type"]
+    if kind == "value_error":
         return str(error["ctx"]["error"])
     shown = "empty" if value is None or value == [] else str(value).lower() if isinstance(value, bool) else repr(value)
     if isinstance(value, dict | list) and len(shown) > 60:
         shown = "a mapping" if isinstance(value, dict) else "a list"
-    if error["type"] == "model_type" and (section := _section(error["loc"])):
+    if kind == "model_type" and (section := _section(error["loc"])):
         return f"is {shown}; should be a mapping of keys ({', '.join(section.model_fields)})"
     should = error["msg"].removeprefix("Input ").replace("tuple", "list")
     text = f"is {shown}; {should[0].lower()}{should[1:]}{_hint(error['loc'])}"
-    if isinstance(value, str):
-        meant = suggest(value, re.findall(r"'([^']+)'", should) if error["type"] == "literal_error" else ())
-        number = re.fullmatch(r"([0-9.]+) ?([kmbt])", value.lower())
-        if meant:
-            text += f"; did you mean {meant}?"
-        elif number and error["type"] in ("int_parsing", "float_parsing"):
-            text += f"; write {number[1]}e{_EXPONENTS[number[2]]}"
-    if error["type"] == "string_type" and isinstance(value, int | float):
-        text += f"; put it in quotes: '{node.raw or value}'"
-    return text
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"{text}; put it in quotes: '{value}'"
+    meant = suggest(str(value), re.findall(r"'([^']+)'", should) if kind == "literal_error" else ())
+    number = re.fullmatch(r"([0-9.]+) ?([kmbt])", str(value).lower())
+    if number and kind in ("int_parsing", "float_parsing"):
+        return f"{text}; write {number[1]}e{_EXPONENTS[number[2]]}"
+    return f"{text}; did you mean {meant}?" if meant else text
 
 
 def _hint(keys: tuple[str | int, ...]) -> str:
@@ -170,11 +157,12 @@ def _hint(keys: tuple[str | int, ...]) -> str:
     if section := _section(keys):
         needed = [name for name, field in section.model_fields.items() if field.is_required()]
         return f" (a section with at least {', '.join(needed)})" if needed else ""
-    for length in range(len(keys), 0, -1):  # what follows a field's name is a member of its union
-        owner = _section(keys[: length - 1]) if length > 1 else RunConfig
-        field = owner.model_fields.get(str(keys[length - 1])) if owner else None
-        if field is not None:
+    while keys:  # what follows a field's name is a member of its union
+        *above, name = keys
+        owner = _section(above)
+        if field := owner.model_fields.get(str(name)) if owner else None:
             return f" ({field.description})" if field.description else ""
+        keys = tuple(above)
     return ""
 
 
@@ -184,15 +172,14 @@ def _section(keys: Sequence[str | int]) -> type[BaseModel] | None:
     for key in keys:
         if isinstance(key, str) and here is not None:
             field = here.model_fields.get(key)
-            here = None if field is None else next(_sections_in(field.annotation), None)
+            here = None if field is None else _section_in(field.annotation)
     return here
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections_in(inner)
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 @cache

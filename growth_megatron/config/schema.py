@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from growth_megatron.config.growth_schema import GrowthConfig
@@ -366,20 +366,21 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
-    @model_validator(mode="after")
-    def _chain(self) -> Self:
-        first, problems = self.stages[0], []
+    @field_validator("stages")
+    @classmethod
+    def _chain(cls, stages: tuple[StageConfig, ...], info: ValidationInfo) -> tuple[StageConfig, ...]:
+        first, problems = stages[0], []
         if first.growth is not None:
-            problems.append(("stages.0.growth", "the first stage has nothing to grow from; remove its growth"))
-        names = [stage.name for stage in self.stages]
-        for index, stage in enumerate(self.stages):
+            problems.append(("0.growth", "the first stage has nothing to grow from; remove its growth"))
+        names = [stage.name for stage in stages]
+        for index, stage in enumerate(stages):
             if stage.name in names[:index]:
                 text = f"{stage.name} is the name of an earlier stage; give each stage its own"
-                problems.append((f"stages.{index}.name", text))
+                problems.append((f"{index}.name", text))
             for key in ("sequence_length", "vocab_size", "vocab_multiple"):
                 here, there = getattr(stage.model, key), getattr(first.model, key)
                 if here != there:
                     text = f"{here} differs from the first stage's {there}; set it once, at the top level"
-                    problems.append((f"stages.{index}.model.{key}", text))
-        refuse(problems)
-        return self
+                    problems.append((f"{index}.model.{key}", text))
+        refuse(problems or (info.context.chain_problems(stages) if info.context else []))
+        return stages

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -25,6 +25,18 @@ NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+
+
+class GrowthRules(Protocol):
+    """What the room of growth, which stands above this one, knows of a configuration; validation's context."""
+
+    def option_problems(self, growth: Any) -> list[tuple[str, str]]:
+        """(key of ``growth:``, what is wrong) of the options of a ``GrowthConfig`` alone."""
+        ...
+
+    def chain_problems(self, stages: Sequence[Any]) -> list[tuple[str, str]]:
+        """(key below ``stages``, what is wrong) of each ``StageConfig`` that cannot come out of the one before it."""
+        ...
 
 
 def whole_number(value: Any) -> int:

@@ -86,13 +86,13 @@ def check_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig)
 
 
 def chain_problems(stages: Sequence[StageConfig]) -> list[Problem]:
-    """All ``(dotted key, what is wrong)`` of growths that cannot turn one stage's model into the next one's."""
+    """All ``(key below stages, what is wrong)`` of growths that cannot turn one stage's model into the next one's."""
     problems: list[Problem] = []
     for index in range(1, len(stages)):
         source, target = stages[index - 1], stages[index]
         for key, text in growth_problems(source.model, target.model, target.growth or GrowthConfig()):
             text = f"growing from stage {source.name} to {target.name}: {text}"
-            problems.append((f"stages.{index}.{key}", text))
+            problems.append((f"{index}.{key}", text))
     return problems
 
 

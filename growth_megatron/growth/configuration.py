@@ -9,21 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, read_config
-from growth_megatron.config.schema import StageConfig
-from growth_megatron.growth.conditions import chain_problems
-from growth_megatron.growth.operators import option_problems
-
-
-class _Rules:
-    """``GrowthRules`` of the registry."""
-
-    def option_problems(self, growth: GrowthConfig) -> list[tuple[str, str]]:
-        return option_problems(growth)
-
-    def chain_problems(self, stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
-        return chain_problems(stages)
+from growth_megatron.growth import conditions
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -32,4 +19,4 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: everything that is wrong, one ``file:line: section.key: ...`` a line.
     """
-    return read_config(path, overrides, _Rules())
+    return read_config(path, overrides, growth=conditions)

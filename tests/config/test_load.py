@@ -138,7 +138,7 @@ def test_effective_text_states_every_value_and_loads_to_the_same(write, valid):
     assert again.config == loaded.config
     assert again.hash == loaded.hash
     assert "b.yaml" not in loaded.text
-    for stated in ("seed: 11", "head_dim: 16", "beta1: 0.8", "weight_decay: 0.1", 'tokenizer: "1e4"', "keep_last: 2"):
+    for stated in ("seed: 11", "head_dim: 16", "beta1: 0.8", "weight_decay: 0.1", "tokenizer: '1e4'", "keep_last: 2"):
         assert stated in loaded.text
 
 
