@@ -180,8 +180,10 @@ def test_a_wrong_override_says_so(run: Run, growing_config: Path, override: str,
 
 
 def test_a_missing_configuration_suggests_its_neighbour(run: Run, growing_config: Path) -> None:
-    _helps(run("train", growing_config.parent / "confg.yaml"), "no such file; did you mean", "config.yaml?")
-    _helps(run("plan", growing_config.parent), "is a folder; give a YAML file")
+    _helps(
+        run("train", growing_config.parent / "confg.yaml"), "no such file or directory; did you mean", "config.yaml?"
+    )
+    _helps(run("plan", growing_config.parent), "is a directory; give the path of a YAML file")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps
 
     from growth_megatron.checkpoint.folder.manifest import Manifest, library_version
     from growth_megatron.checkpoint.folder.run_directory import RunDirectory
-    from growth_megatron.checkpoint.torch_dist.live_model import Saver
+    from growth_megatron.checkpoint.torch_dist.saver import start_save
     from growth_megatron.train.counters import Counters
 
     stage = stage_of(layout, model)
@@ -139,7 +139,7 @@ def save_at(layout: dict[str, Any], directory: str, model: dict[str, Any], steps
             engine.train_step(batches(step, stage), 1e-3)
             counters = counters.after_step(stage)
         folder = collectives.on_rank_zero(lambda: run.begin(steps))
-        Saver().save(folder, engine.models, engine.optimizer, in_background=False)
+        start_save(folder, engine.models, engine.optimizer).finish()
         manifest = Manifest(
             library_version=library_version(),
             **dataclasses.asdict(counters),
@@ -159,7 +159,8 @@ def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Load ``source`` at ``layout`` and save it into ``target``, then take one step; says what moved."""
     from pathlib import Path
 
-    from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model
+    from growth_megatron.checkpoint.torch_dist.live_model import load_into_model
+    from growth_megatron.checkpoint.torch_dist.saver import start_save
 
     results = []
     for case in cases:
@@ -168,7 +169,7 @@ def load_and_save_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             load_into_model(Path(case["source"]), engine.models, engine.optimizer)
             target = Path(case["target"])
             collectives.on_rank_zero(target.mkdir)
-            Saver().save(target, engine.models, engine.optimizer, in_background=False)
+            start_save(target, engine.models, engine.optimizer).finish()
             before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in engine.models]
             engine.train_step(batches(50, stage), 1e-3)
             moved = [
@@ -215,7 +216,7 @@ def _adam_steps(engine: Engine) -> set[int]:
 
 def initial_shards(layout: dict[str, Any]) -> list[Any]:
     """Key, region and values of every shard of this rank's model before the first step."""
-    from growth_megatron.checkpoint.torch_dist.live_model import _model_state, _tensor_shards
+    from growth_megatron.checkpoint.torch_dist.live_model import _tensor_shards, model_state
 
     stage = stage_of(layout)
     with fresh_engine(stage) as engine:
@@ -225,7 +226,7 @@ def initial_shards(layout: dict[str, Any]) -> list[Any]:
                 [[o, o + n] for o, n in zip(shard.global_offset, shard.local_shape, strict=True)],
                 shard.data.flatten().tolist(),
             )
-            for shard in _tensor_shards(_model_state(engine.models))
+            for shard in _tensor_shards(model_state(engine.models))
         ]
 
 

@@ -3,9 +3,9 @@
 Owns: the lock and what happens where it is held or cannot be had. Does not own: what is locked. It stands this low
 because ``data`` and ``checkpoint`` both need it.
 
-Own code on POSIX record locks: they are not inherited by the processes that a checkpoint's save forks, so a run that
-was killed can be started again while such a process lives on. The lock of the library ``filelock`` is inherited in some
-of the releases that torch allows, and in some removes its file, or puts one there that outlives a kill.
+Own code on POSIX record locks: no child of a run inherits them, so a run that was killed can be started again while such
+a process lives on. The lock of the library ``filelock`` is inherited in some of the releases that torch allows, and in
+some removes its file, or puts one there that outlives a kill; and its file names no holder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,18 +33,22 @@ def locked(path: Path, held_elsewhere: GrowthMegatronError | None = None) -> Ite
     system has no locks this goes on without one, and says so.
 
     Args:
-        held_elsewhere: raised if another process holds it; None: wait for that.
+        held_elsewhere: raised, with host and process, if another process holds it; None: wait for that.
 
     Raises: ``held_elsewhere``; OSError where the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(path, "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if held_elsewhere is not None else 0))
         except OSError as error:
             if held_elsewhere is not None and error.errno in _HELD:
-                raise held_elsewhere from None
+                file.seek(0)
+                raise type(held_elsewhere)(f"{held_elsewhere}. The holder is {file.read().strip()}") from None
             _LOG.warning(
                 "%s cannot be locked (%s): see to it that no other process writes there", path, error.strerror or error
             )
+        else:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield

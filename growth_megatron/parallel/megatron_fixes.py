@@ -9,11 +9,7 @@ run, which keep ``step`` per group, and they are left out.
 
 from __future__ import annotations
 
-import os
-import pickle
 import queue
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +25,7 @@ def fix_megatron() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
 
-    _report_writes_by_file(filesystem_async)
+    _report_writes_within_the_process(filesystem_async)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         optimizer_class = distrib_optimizer.DistributedOptimizer
         _allocate_state_before_state_dict(optimizer_class)
@@ -38,34 +34,12 @@ def fix_megatron() -> None:
     _fixed = True
 
 
-class _WriteResults:
-    """What a checkpoint's writer, maybe a forked one, reports to its process: one result, by a private file."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="growth_megatron_")
-        self._file = Path(self._folder.name) / "results"
-
-    def put(self, results: Any) -> None:
-        partial = self._file.with_suffix(".partial")
-        partial.write_bytes(pickle.dumps(results))
-        os.replace(partial, self._file)
-
-    def get_nowait(self) -> Any:
-        try:
-            results = pickle.loads(self._file.read_bytes())
-        except FileNotFoundError:
-            raise queue.Empty from None
-        self._file.unlink()
-        return results
-
-
-def _report_writes_by_file(writer_module: Any) -> None:
+def _report_writes_within_the_process(writer_module: Any) -> None:
     """The first save starts a ``multiprocessing`` manager for one queue, a process of 270 MB on every rank.
 
-    A signal to the whole job kills it, and the save that the signal asked for fails with a broken pipe; a killed rank
-    leaves it behind for ever. Can go when ``filesystem_async`` needs no process to pass on the results of a write.
+    Threads write here (``checkpoint.torch_dist.saver``). Can go when ``filesystem_async`` takes the queue it is given.
     """
-    writer_module._results_queue = _WriteResults()
+    writer_module._results_queue = queue.SimpleQueue()
 
 
 def allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 from megatron.core import parallel_state
 
-from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, checksum_files, library_version
+from growth_megatron.checkpoint.folder.manifest import Manifest, library_version
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
-from growth_megatron.checkpoint.torch_dist.live_model import Saver
+from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.data.dataset import Stream, ValidationSet
 from growth_megatron.data.loader import BatchLoader, validation_batches
-from growth_megatron.errors import GrowthMegatronError
+from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.parallel import collectives
 from growth_megatron.train.counters import Counters
@@ -51,13 +51,14 @@ class RunContext:
 
 @dataclasses.dataclass
 class _Pending:
-    """A checkpoint that is being written or checksummed, and not yet committed."""
+    """A checkpoint that is being written and not yet committed."""
 
     folder: Path
     manifest: Manifest
+    save: Save
     started: float
     blocking_s: float
-    checksums: Future[dict[str, FileEntry]] | None = None
+    in_background: bool
 
 
 class StageLoop:
@@ -68,9 +69,7 @@ class StageLoop:
         self.config = context.loaded.config
         self.stage: StageConfig = engine.stage
         self._lineage = start.lineage if start else ()
-        self._saver = Saver()
         self._pending: _Pending | None = None
-        self._summing = ThreadPoolExecutor(1, thread_name_prefix="checksums")
         self._saved_step = counters.step if start else -1
         self._evaluated_step, self._validation_loss = -1, float("nan")
         self._validation = self._validation_batches()
@@ -104,7 +103,6 @@ class StageLoop:
         self._commit_pending(wait=True)
         if self._saved_step != self.counters.step and self.counters.step > 0:
             self._save(in_background=False)
-        self._summing.shutdown()
         return ended
 
     def validate(self) -> float | None:
@@ -200,8 +198,9 @@ class StageLoop:
         directory, step = self.context.directory, self.counters.step
         folder: Path = collectives.on_rank_zero(lambda: directory.begin(step))
         with self.engine.gathered_parameters():
-            self._saver.save(folder, self.engine.models, self.engine.optimizer, in_background)
-        self._pending = _Pending(folder, self._manifest(), started, time.perf_counter() - started)
+            save = start_save(folder, self.engine.models, self.engine.optimizer)
+        blocking_s = time.perf_counter() - started
+        self._pending = _Pending(folder, self._manifest(), save, started, blocking_s, in_background)
         self._saved_step = step
         if not in_background:
             self._commit_pending(wait=True)
@@ -211,14 +210,21 @@ class StageLoop:
     def _commit_pending(self, wait: bool) -> None:
         """Make a written checkpoint visible; with ``wait``, first wait for one still being written."""
         pending = self._pending
-        if pending is None or (self._saver.busy and not self._saver.finished(wait)):
-            return
-        if pending.checksums is None:  # just written; checksummed beside training
-            pending.checksums = self._summing.submit(_checksum_own_files, pending.folder)
-        if not wait and collectives.any_rank(not pending.checksums.done()):
+        if pending is None or (not wait and collectives.any_rank(not pending.save.is_written())):
             return
         self._pending = None
         directory, settings = self.context.directory, self.config.checkpoint
+        commit_started = time.perf_counter()
+        try:
+            checksums = pending.save.finish()
+        except CheckpointError as error:
+            collectives.on_rank_zero(partial(directory.abandon, pending.folder))
+            if not pending.in_background:
+                raise
+            message = f"no checkpoint of step {pending.manifest.step}: {error}; training goes on to the next save"
+            self.context.metrics.log("event", step=self.counters.step, event="save_failed", message=message)
+            self._saved_step = -1
+            return
 
         def commit() -> tuple[Path, int]:
             # Files of no rank in particular are checksummed here.
@@ -227,8 +233,6 @@ class StageLoop:
             directory.apply_retention(settings.keep_last, settings.keep_every_steps)
             return path, sum(file.stat().st_size for file in path.iterdir())
 
-        commit_started = time.perf_counter()
-        checksums = _gather_checksums(pending.checksums)
         path, size_bytes = collectives.on_rank_zero(commit)
         ended = time.perf_counter()
         self.context.metrics.log(
@@ -273,18 +277,6 @@ class StageLoop:
 
     def _stop_message(self) -> str:
         return f"stopped early on request at step {self.counters.step}; re-run the same command to resume"
-
-
-def _checksum_own_files(folder: Path) -> dict[str, FileEntry]:
-    """Checksums of the data files that this rank wrote."""
-    return checksum_files(folder, sorted(f.name for f in folder.glob(f"__{torch.distributed.get_rank()}_*.distcp")))
-
-
-def _gather_checksums(own: Future[dict[str, FileEntry]]) -> dict[str, FileEntry]:
-    """The checksums of all ranks, on all ranks."""
-    gathered: list[dict[str, FileEntry]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, collectives.on_all_ranks(own.result))
-    return {name: entry for entries in gathered for name, entry in entries.items()}
 
 
 def _to_device(batch: Batch) -> Batch:

@@ -30,7 +30,6 @@ class StopRequest:
 
     def __init__(self, rank: int = 0) -> None:
         self._tells = rank == 0
-        self._process = os.getpid()
         self._finished = False
         self._first_at = 0.0
         self.requested = False
@@ -46,8 +45,8 @@ class StopRequest:
         self._finished = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._finished or os.getpid() != self._process:
-            return  # leaving anyway, or a forked writer, whose work is wanted
+        if self._finished:
+            return
         now = time.monotonic()
         if self.requested and now - self._first_at < SAME_REQUEST_S:
             return

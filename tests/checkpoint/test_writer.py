@@ -319,7 +319,7 @@ def test_a_real_write_error_is_said_and_hides_behind_no_other(tmp_path: Path) ->
     )
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
-    assert re.search(r"CheckpointError: cannot write .*\.distcp: File too large; what is complete is kept", last), last
+    assert re.search(r"CheckpointError: cannot write .*\.distcp: File too large; mend that and re-run", last), last
 
 
 @pytest.mark.parametrize("error", [CheckpointError("the source is damaged"), ValueError("odd"), KeyboardInterrupt()])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files, list_files, write_manifest
-from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import load_into_model
+from growth_megatron.checkpoint.torch_dist.saver import start_save
 from growth_megatron.config.schema import StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.plan import plan_depth
@@ -60,7 +61,7 @@ def _inner_groups(engine: Engine) -> list[dict[str, Any]]:
 
 def _save(engine: Engine, folder: Path) -> None:
     collectives.on_rank_zero(lambda: folder.mkdir(parents=True))
-    Saver().save(folder, engine.models, engine.optimizer, in_background=False)
+    start_save(folder, engine.models, engine.optimizer).finish()
 
 
 def _sign(folder: Path, stage: StageConfig) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files, list_files, write_manifest
-from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_from_source, load_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
+from growth_megatron.checkpoint.torch_dist.saver import start_save
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, StageConfig
 from growth_megatron.growth.execute import grow_checkpoint
@@ -88,7 +89,7 @@ def _load_and_save(source: str, target: str, layout: dict[str, Any], grown: bool
 
 def _save(engine: Engine, stage: StageConfig, folder: Path) -> None:
     collectives.on_rank_zero(lambda: folder.mkdir(parents=True))
-    Saver().save(folder, engine.models, engine.optimizer, in_background=False)
+    start_save(folder, engine.models, engine.optimizer).finish()
     collectives.on_rank_zero(lambda: _sign(folder, stage))
 
 

@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ def test_a_kill_frees_the_lock_though_a_forked_process_lives_on(tmp_path: Path) 
     holder = _held(tmp_path / "lock")
     child: int = holder.child  # type: ignore[attr-defined]
     try:
-        with pytest.raises(CheckpointError, match="held elsewhere"), locked(tmp_path / "lock", HELD):
+        who = rf"held elsewhere. The holder is process {holder.pid} on {socket.gethostname()}$"
+        with pytest.raises(CheckpointError, match=who), locked(tmp_path / "lock", HELD):
             pytest.fail("locked twice")
         holder.kill()
         holder.wait()

@@ -12,9 +12,10 @@ import torch
 from megatron.core import parallel_state
 
 from growth_megatron.checkpoint.folder.manifest import Multipliers
-from growth_megatron.checkpoint.torch_dist.live_model import Saver, load_into_model
+from growth_megatron.checkpoint.torch_dist.live_model import load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common, regroup
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.checkpoint.torch_dist.saver import start_save
 from growth_megatron.config.schema import OptimizerConfig, StageConfig
 from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.init import InitSource
@@ -156,7 +157,7 @@ def ungrown_runs(folder: str) -> dict[str, list[float]]:
             _losses(engine, 0, STEPS_BEFORE)
             target = Path(folder) / ("tied" if tied else "untied")
             target.mkdir()
-            Saver().save(target, engine.models, engine.optimizer, in_background=False)
+            start_save(target, engine.models, engine.optimizer).finish()
             after[target.name] = _losses(engine, STEPS_BEFORE, STEPS_AFTER)
     return after
 
@@ -215,7 +216,7 @@ def _settings_after_loads(target: Path, stage: StageConfig, multipliers: dict[st
     with engine_with(stage, multipliers) as engine:
         load_into_model(target, engine.models, engine.optimizer)
         _losses(engine, 0, 1)
-        Saver().save(saved, engine.models, engine.optimizer, in_background=False)
+        start_save(saved, engine.models, engine.optimizer).finish()
         load_into_model(saved, engine.models, engine.optimizer)
         _losses(engine, 1, 1)
         return {"settings": _settings(engine), "written": _groups(target), "saved": _groups(saved)}
@@ -238,7 +239,7 @@ def _groups(checkpoint: Path) -> list[dict[str, Any]]:
 def common_of_a_fresh_save(folder: str) -> dict[str, Any]:
     """``common.pt`` of an engine that has not stepped."""
     with fresh_engine(stage_at({}, BASE)) as engine:
-        Saver().save(Path(folder), engine.models, engine.optimizer, in_background=False)
+        start_save(Path(folder), engine.models, engine.optimizer).finish()
     return read_common(Path(folder))
 
 

@@ -172,6 +172,27 @@ def test_background_saves_give_the_same_checkpoints(reference: Path, growing_con
     assert max(abs(losses[step] - expected[step]) for step in expected) <= 1e-5
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_save_that_fails_in_the_background_is_said_and_the_run_goes_on_one_in_the_foreground_ends_it(
+    reference: Path, growing_config: Path, tmp_path: Path, in_background: bool
+) -> None:
+    run = tmp_path / "run"
+    overrides = [f"run.directory={run}", f"checkpoint.async_save={str(in_background).lower()}"]
+    arguments = {"config": str(growing_config), "overrides": overrides, "failing": 0}
+    (ended,) = run_ranks("tests.checkpoint.saver_workers:train_with_a_failing_save", 1, arguments)
+    assert not (run / "checkpoints" / "step_00000002").exists()
+    assert not list((run / "checkpoints").glob(".tmp_*"))
+    if in_background:
+        assert ended == "0"
+        (event,) = [line for line in _records(run, "event") if line["event"] == "save_failed"]
+        assert "no checkpoint of step 2: cannot write" in event["message"]
+        assert "No space left on device" in event["message"]
+    else:
+        assert "No space left on device; mend that and re-run the same command to resume" in ended
+        assert _train(1, growing_config, overrides) == [0]
+    assert _losses(run) == _losses(reference)
+
+
 def _kill_during_save(config: Path, run: Path, step: int) -> None:
     """Start the run and kill all its processes with SIGKILL once the checkpoint of ``step`` is being written."""
     arguments = ["train", str(config), f"run.directory={run}"]

@@ -101,6 +101,10 @@ class RunDirectory:
         self.point_latest(final)
         return final
 
+    def abandon(self, folder: Path) -> None:
+        """Remove what was written into ``folder`` of ``begin``: it will not be a checkpoint."""
+        self._files.remove_tree(folder)
+
     def point_latest(self, checkpoint: Path) -> None:
         """Let ``RUN/latest`` name a committed checkpoint. It is for people; nothing is decided by it."""
         self._files.symlink(self.latest_path, f"{self.checkpoints_path.name}/{checkpoint.name}")

@@ -144,20 +144,21 @@ class ParallelWriter(StorageWriter):
         results: list[WriteResult] = []
         file: DataFile | None = None
         try:
-            with _without_crc32():
+            with without_crc32():
                 for group in groups:
                     self._check_stopped()
                     if file is None:
                         name = next(name for name in names if name not in self._journal.resumed)
-                        file = DataFile(self._folder, name)
+                        file = DataFile(self._folder / UNFINISHED_FOLDER / name)
                     for item, data in planner.resolve_group(group):
-                        results.append(file.append(item, data))
+                        file.append(item, data)
                         del data  # before the next is computed
                         if item_bytes(item) >= _TRIM_BYTES:
                             _return_free_memory()
                         self._done(item_bytes(item))
                     if file.size >= self._file_bytes or group is groups[-1]:
-                        self.finished[name] = file.finish(self._journal)
+                        self.finished[name] = file.finish(self._journal.add)
+                        results += self.finished[name].results()
                         file = None
         except BaseException as error:
             self._stop.set()
@@ -180,10 +181,9 @@ class ParallelWriter(StorageWriter):
 class DataFile:
     """A data file that is being written."""
 
-    def __init__(self, temporary: Path, name: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.size = 0
-        self._name = name
-        self._path = temporary / UNFINISHED_FOLDER / name
+        self._path = path
         self._items: dict[MetadataIndex, _StorageInfo] = {}
         self._sum = hashlib.sha256()
         self._flushed = 0
@@ -191,8 +191,8 @@ class DataFile:
         with self._clear_errors():
             self._file = open(self._path, "wb")  # noqa: SIM115 - closed by close()
 
-    def append(self, item: WriteItem, data: torch.Tensor | io.BytesIO) -> WriteResult:
-        """Write an item, a tensor of its chunk's shape or bytes, at the end and say where it lies."""
+    def append(self, item: WriteItem, data: torch.Tensor | io.BytesIO) -> None:
+        """Write an item, a tensor of its chunk's shape or bytes, at the end."""
         start = self.size
         with self._clear_errors():
             if isinstance(data, io.BytesIO):
@@ -201,9 +201,7 @@ class DataFile:
                 torch.save(data, self)  # type: ignore[arg-type]
             if self._failure is not None:
                 raise self._failure
-        place = _StorageInfo(self._name, start, self.size - start)
-        self._items[item.index] = place
-        return WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place)
+        self._items[item.index] = _StorageInfo(self._path.name, start, self.size - start)
 
     def write(self, data: Any) -> int:
         """What torch.save calls; it loses errors, so ``append`` raises them."""
@@ -230,12 +228,16 @@ class DataFile:
             os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
-    def finish(self, journal: Journal) -> FinishedFile:
-        """Make the file durable and give it its place."""
+    def finish(self, note: Callable[[str, FinishedFile], None] | None = None) -> FinishedFile:
+        """Make the file durable: by ``note``, which gets its name and what it holds, else here."""
         finished = FinishedFile(FileEntry(size_bytes=self.size, sha256=self._sum.hexdigest()), self._items)
         with self._clear_errors():
+            if note is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
             self.close()
-            journal.add(self._name, finished)
+            if note is not None:
+                note(self._path.name, finished)
         return finished
 
     def close(self) -> None:
@@ -248,8 +250,7 @@ class DataFile:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self._path}: {error.strerror or error}; what is complete is kept, so mend that and "
-                "re-run the same command to resume"
+                f"cannot write {self._path}: {error.strerror or error}; mend that and re-run the same command to resume"
             ) from error
 
 
@@ -261,7 +262,7 @@ def _return_free_memory() -> None:
 
 
 @contextmanager
-def _without_crc32() -> Iterator[None]:
+def without_crc32() -> Iterator[None]:
     """In this thread torch.save leaves out each record's CRC-32: torch reads none, and files have checksums."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from growth_megatron.checkpoint.folder.commit import JOURNAL_FOLDER, JOURNAL_SUFFIX, begin_folder, temporary_path
 from growth_megatron.checkpoint.folder.files import FileOperations
@@ -34,6 +35,10 @@ class FinishedFile:
 
     entry: FileEntry
     items: dict[MetadataIndex, _StorageInfo]
+
+    def results(self) -> list[WriteResult]:
+        """The same, as torch DCP takes it."""
+        return [WriteResult(index, place.length, place) for index, place in self.items.items()]
 
 
 def item_bytes(item: WriteItem) -> int:

@@ -1,7 +1,8 @@
-"""The live model and optimizer as a sharded state: filled from a source, saved, loaded.
+"""The live model and optimizer as a sharded state: its format, filled from a source, loaded.
 
 Owns: the calls of ``megatron.core.dist_checkpointing`` and the format options that go with them.
-Does not own: folders, manifests and which checkpoint is taken (``checkpoint.folder.run_directory``).
+Does not own: saving (``checkpoint.torch_dist.saver``), folders, manifests and which checkpoint is taken
+(``checkpoint.folder.run_directory``).
 
 What is saved is torch_dist with one key per layer and optimizer state as global tensors per parameter
 (``fully_reshardable``): the only one that loads at another tensor- or pipeline-parallel size, and the one that growth
@@ -20,12 +21,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
@@ -43,52 +39,13 @@ FORMAT: Mapping[str, Any] = MappingProxyType(
 def load_from_source(source: TensorSource, models: Sequence[MegatronModule]) -> None:
     """Fill every parameter of this rank's ``models`` with its region of ``source``; each rank reads only its shards."""
     with torch.no_grad():
-        for shard in _tensor_shards(_model_state(models)):
+        for shard in _tensor_shards(model_state(models)):
             region = tuple(
                 slice(start, start + length)
                 for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
             )
             assert shard.data is not None
             shard.data.copy_(source.read(shard.key, region))
-
-
-class Saver:
-    """Writes checkpoints of one model and optimizer, in the foreground or behind training.
-
-    Every method must be called on all ranks alike.
-    """
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue(persistent=False)
-
-    def save(
-        self, directory: Path, models: Sequence[MegatronModule], optimizer: MegatronOptimizer, in_background: bool
-    ) -> None:
-        """Write the sharded state into the empty folder ``directory``; with ``in_background``, only start to."""
-        model = _model_state(models)
-        state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=dict(FORMAT))}
-        strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
-        if parallel_state.get_data_parallel_world_size() > 1:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
-        request = dist_checkpointing.save(
-            state, str(directory), strategy, async_sharded_save=in_background, content_metadata=dict(FORMAT)
-        )
-        if in_background:
-            self._queue.schedule_async_request(request)
-
-    def finished(self, wait: bool) -> bool:
-        """Whether a background save has been written on all ranks; with ``wait``, returns only then.
-
-        True just once per save; False where none is under way.
-        """
-        if not self._queue.get_num_unfinalized_calls():
-            return False
-        return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
-
-    @property
-    def busy(self) -> bool:
-        """Whether a background save has not been finished yet."""
-        return bool(self._queue.get_num_unfinalized_calls() > 0)
 
 
 def load_into_model(
@@ -102,7 +59,7 @@ def load_into_model(
     """
     stored = DistCheckpoint(directory)
     form = {**FORMAT, "non_homogeneous_layers": not stored.is_stacked}
-    model = _model_state(models, form)
+    model = model_state(models, form)
     state: dict[str, Any] = {"model": model}
     _check_shapes(stored, _tensor_shards(model))
     if optimizer is not None:
@@ -118,7 +75,8 @@ def load_into_model(
         optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _model_state(models: Sequence[MegatronModule], form: Mapping[str, Any] = FORMAT) -> dict[str, Any]:
+def model_state(models: Sequence[MegatronModule], form: Mapping[str, Any] = FORMAT) -> dict[str, Any]:
+    """The sharded state of this rank's model chunks, by name, as megatron-core's dist_checkpointing takes it."""
     # A dictionary of its own for each call: megatron-core stores the process groups of the moment in it.
     return {f"model{i}": chunk.sharded_state_dict(metadata=dict(form)) for i, chunk in enumerate(models)}
 
