@@ -3,9 +3,9 @@
 Owns: the lock and what happens where it is held or cannot be had. Does not own: what is locked. It stands this low
 because ``data`` and ``checkpoint`` both need it.
 
-Own code on POSIX record locks: no child of a run inherits them, so a run that was killed can be started again while such
-a process lives on. The lock of the library ``filelock`` is inherited in some of the releases that torch allows, and in
-some removes its file, or puts one there that outlives a kill; and its file names no holder.
+Own code on POSIX record locks: no child of a run inherits them, so a run that was killed can be started again while
+such a process lives on. The lock of the library ``filelock`` is inherited in some of the releases that torch allows,
+and in some removes its file, or puts one there that outlives a kill; and its file names no holder.
 """
 
 from __future__ import annotations
