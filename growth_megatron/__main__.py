@@ -29,8 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(_module(options.command).run(options))
     except GrowthMegatronError as error:
-        # Raised on all ranks alike: one of them tells.
-        if os.environ.get("RANK", "0") == "0":
+        # Raised on all ranks alike: one of them tells, and one whose RANK is no rank.
+        rank = os.environ.get("RANK", "0")
+        if not rank.isdecimal() or int(rank) == 0:
             print(f"growth-megatron {options.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:

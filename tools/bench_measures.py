@@ -44,7 +44,8 @@ from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
-from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
+from growth_megatron.train.resilience import StopRequest, open_rank_log
+from growth_megatron.train.watchdog import Watchdog
 
 T = TypeVar("T")
 Figures = dict[str, Any]

@@ -354,6 +354,9 @@ class RunSection(Section):
 
     directory: str = Field(min_length=1)
     seed: NonNegativeInt = 1234
+    timeout_s: PositiveFloat | None = Field(
+        None, description="seconds without any progress after which the run ends itself; default: by its own steps"
+    )
 
 
 class RunConfig(Section):

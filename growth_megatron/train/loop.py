@@ -30,8 +30,9 @@ from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
 from growth_megatron.train.metrics import Metrics
-from growth_megatron.train.resilience import StopRequest, Watchdog
+from growth_megatron.train.resilience import StopRequest
 from growth_megatron.train.schedule import learning_rate, schedule_position
+from growth_megatron.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,15 @@ class StageLoop:
         self._commit_pending(wait=True)
         if self._saved_step != self.counters.step and self.counters.step > 0:
             self._save(in_background=False)
+        if not ended:
+            self.context.stop.finish()  # all is saved: another signal changes nothing
         return ended
 
     def validate(self) -> float | None:
         """Loss on the validation set (nats per token), logged; None without one."""
         if not self._validation:
             return None
+        self.context.watchdog.alive("validating", self.counters.step)
         loss = self.engine.evaluate(self._validation)
         self._evaluated_step, self._validation_loss = self.counters.step, loss
         self.context.metrics.log(
@@ -119,20 +123,21 @@ class StageLoop:
             flops=self.counters.flops,
             validation_loss=loss,
         )
-        self.context.watchdog.alive()
         self._restart_window()
         return loss
 
     def _step(self, loader: BatchLoader) -> bool:
+        self.context.watchdog.alive("waiting for data", self.counters.step)
         started = time.perf_counter()
         batches = [_to_device(batch) for batch in loader.micro_batches(self.counters.consumed_samples)]
         self._window_data_s += time.perf_counter() - started
         position, total = schedule_position(self.config, self.counters.stage, self.counters.stage_step)
         rate = learning_rate(self.stage.schedule, position, total)
+        self.context.watchdog.alive(step=self.counters.step)
         result = self.engine.train_step(batches, rate, self.context.stop.requested)
         self.counters = self.counters.after_step(self.stage)
         self._window_steps += 1
-        self.context.watchdog.alive()
+        self.context.watchdog.alive("between steps", self.counters.step)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise GrowthMegatronError(
                 f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {self.counters.step}; "
@@ -193,6 +198,7 @@ class StageLoop:
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
     def _save(self, in_background: bool) -> None:
+        self.context.watchdog.alive("saving", self.counters.step)
         self._commit_pending(wait=True)
         started = time.perf_counter()
         directory, step = self.context.directory, self.counters.step
@@ -204,7 +210,6 @@ class StageLoop:
         self._saved_step = step
         if not in_background:
             self._commit_pending(wait=True)
-        self.context.watchdog.alive()
         self._restart_window()
 
     def _commit_pending(self, wait: bool) -> None:

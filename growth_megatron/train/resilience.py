@@ -1,11 +1,13 @@
-"""What a run does about signals and hangs.
+"""What a run does about signals, and where each rank writes what it has to say.
 
-Owns: the request to stop early, the dump of all stacks when nothing moves, this rank's log file.
-Does not own: agreeing on the stop (``train.engine``) and the save that follows it (``train.loop``).
+Owns: the request to stop early, the end that follows the launcher's, this rank's log file.
+Does not own: agreeing on the stop (``train.engine``) and the save that follows it (``train.loop``), hangs
+(``train.watchdog``).
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -22,7 +24,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_REQUEST_S = 5.0
 """A scheduler that signals every process of a job reaches a rank twice: directly, and through its launcher."""
 
-HANG_TIMEOUT_S = 900
+
+LAUNCHER_NOTICES_S = 5.0
+"""Within this time the launcher ends the ranks that are left when one is gone."""
+
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -40,6 +46,19 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
+    def outlive_no_launcher(self) -> None:
+        """Ask for a stop when torchrun's agent dies, too: nobody else would end its ranks (prctl(2), Linux)."""
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if "TORCHELASTIC_RUN_ID" in os.environ and prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def comes_within(self, seconds: float) -> bool:
+        """Whether a stop has been asked for, or is within this time."""
+        deadline = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.requested
+
     def finish(self) -> None:
         """All is saved: signals change nothing any more. torchrun's agent sends one to the rank that leaves last."""
         self._finished = True
@@ -56,23 +75,8 @@ class StopRequest:
         self._first_at = now
         self.requested, self.signal_name = True, signal.Signals(number).name
         if self._tells:
-            text = f"{self.signal_name}: saving after this step, then stopping (again, 5 s later: stop at once)\n"
+            text = f"{self.signal_name}: asking all ranks to save and stop after this step (again after 5 s: at once)\n"
             os.write(2, text.encode())
-
-
-class Watchdog:
-    """Writes the stacks of all threads to this rank's log when nothing has moved for ``HANG_TIMEOUT_S``."""
-
-    def __init__(self, log: IO[str]) -> None:
-        self._log = log
-
-    def alive(self) -> None:
-        """Something moved; the clock starts anew."""
-        faulthandler.dump_traceback_later(HANG_TIMEOUT_S, repeat=True, file=self._log)
-
-    def close(self) -> None:
-        """No more dumps."""
-        faulthandler.cancel_dump_traceback_later()
 
 
 def open_rank_log(run_directory: Path, rank: int) -> IO[str]:

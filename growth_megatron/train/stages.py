@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from growth_megatron.config.units import format_bytes
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
-from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
+from growth_megatron.errors import EXIT_FAULT, EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
 from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.operators import choose
@@ -45,8 +46,9 @@ from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
-from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
+from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
 from growth_megatron.train.resume import NEXT_LAYOUT_NAME, contents_are_sound, open_run
+from growth_megatron.train.watchdog import Watchdog
 
 
 def train(loaded: LoadedConfig) -> int:
@@ -61,6 +63,7 @@ def train(loaded: LoadedConfig) -> int:
     rank = collectives.rank_from_environment()
     stop = StopRequest(rank)
     stop.install()
+    stop.outlive_no_launcher()
     started = process_groups.start()
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()
@@ -69,8 +72,7 @@ def train(loaded: LoadedConfig) -> int:
         if choice.path is not None and not contents_are_sound(choice):
             choice = collectives.on_rank_zero(lambda: open_run(directory, loaded, full=True))
         log = open_rank_log(directory.path, rank)
-        watchdog = Watchdog(log)
-        watchdog.alive()
+        watchdog = Watchdog(log, config.run.timeout_s)
         loggers: list[Metrics] = []
         collectives.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
         metrics = loggers[0] if loggers else metrics
@@ -80,6 +82,11 @@ def train(loaded: LoadedConfig) -> int:
         watchdog.close()
         stop.finish()
         return code
+    except RuntimeError:
+        logging.exception("rank %d cannot go on", rank)  # to its log
+        if world_size > 1 and stop.comes_within(LAUNCHER_NOTICES_S):
+            return EXIT_FAULT  # another rank is gone, and the launcher names it
+        raise
     finally:
         metrics.close()
         if started:
@@ -140,7 +147,6 @@ def _train_stage(context: RunContext, choice: ResumeChoice, counters: Counters, 
         message = describe_multipliers(engine.multipliers)
         context.metrics.log("event", step=counters.step, event="multipliers", message=message)
     loop = StageLoop(context, engine, choice.manifest, counters)
-    context.watchdog.alive()
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
         loop.note_loss_after_growth(_record_growth(context, choice.path, choice.manifest, loop, growth))
     finished = loop.run()
@@ -166,7 +172,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     with bytes_progress("growing") as progress:
 
         def report(done: int, total: int) -> None:
-            context.watchdog.alive()
+            context.watchdog.alive("growing", manifest.step)
             if collectives.rank_from_environment() == 0:
                 progress(done, total)
 
