@@ -88,3 +88,10 @@ threads_for() {
     local threads=$(($(nproc) / $1))
     echo $((threads > 0 ? threads : 1))
 }
+
+# What CUDA and NCCL read when they begin; what is set already stays.
+device_environment() {
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # order of tensor-parallel communication and compute
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # a growth changes all shapes
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+}

@@ -44,5 +44,6 @@ shift $((OPTIND - 1))
 
 python=$(environment_python)
 processes=$(default_processes "$python" "$processes")
+device_environment
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_for "$processes")}
 exec "$python" "$repository/launch/supervise.py" --nproc "$processes" "$@"

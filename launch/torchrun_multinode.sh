@@ -40,6 +40,7 @@ is_number "$port" && [ "$port" -ge 1 ] && [ "$port" -le 65535 ] || die "MASTER_P
 
 python=$(environment_python)
 processes=$(default_processes "$python" "${NPROC:-}")
+device_environment
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_for "$processes")}
 exec "$python" "$repository/launch/supervise.py" --nproc "$processes" \
     --nnodes "$NNODES" --node-rank "$NODE_RANK" --head "$head" --port "$port" "$@"

@@ -34,6 +34,7 @@ def stage_of(
     precision: str = "fp32",
     recompute: str = "none",
     recompute_modules: list[str] | None = None,
+    deterministic: bool = False,
 ) -> StageConfig:
     return StageConfig(
         name="test",
@@ -47,6 +48,7 @@ def stage_of(
             precision=precision,
             recompute=recompute,
             recompute_modules=recompute_modules,
+            deterministic=deterministic,
         ),
     )
 
@@ -307,3 +309,13 @@ def helper_processes_after_a_save(directory: str) -> int:
     save_at({}, directory, {"num_layers": 2}, steps=1)
     children = psutil.Process().children(recursive=True)
     return sum("spawn_main" in " ".join(child.cmdline()) for child in children)
+
+
+def process_groups_of(layouts: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Sizes of the groups, by name, that each layout adds to the default group with this rank in them."""
+    added = []
+    for layout in layouts:
+        process_groups.set_layout(ParallelConfig(**layout), 1)
+        groups = [group for group in parallel_state._global_process_group_list if group is not None]
+        added.append({group.group_desc: group.size() for group in groups})
+    return added

@@ -139,7 +139,11 @@ def fresh(stage: StageConfig, seed: int) -> Engine:
 def read_batches(context: RunContext, stage: StageConfig, steps: int) -> list[list[Batch]]:
     """This rank's micro-batches of the first ``steps`` steps, on its device."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    size, per_step, device = stage.training.micro_batch_size, stage.training.global_batch_size, process_groups.device()
+    size, per_step, device = (
+        stage.training.micro_batch_size,
+        stage.training.global_batch_size,
+        torch.cuda.current_device(),
+    )
     with BatchLoader(context.train_data, size, per_step, rank, ranks) as loader:
         read = [loader.micro_batches(step * per_step) for step in range(steps)]
     return [[{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches] for batches in read]
@@ -176,7 +180,7 @@ def matmul_flops_per_s(precision: str) -> float:
     """Rate of a large matrix product on this rank's device, all ranks at once."""
     size = 8192 if torch.cuda.is_available() else 1536
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=process_groups.device()).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=torch.cuda.current_device()).to(dtype) for _ in range(2))
     torch.mm(a, b)
     times = [timed(lambda: torch.mm(a, b))[0] for _ in range(5)]
     return 2 * size**3 / statistics.median(times)

@@ -159,7 +159,7 @@ def _process_group() -> Iterator[None]:
         return
     from growth_megatron.parallel import process_groups  # loads megatron-core
 
-    process_groups.start()
+    process_groups.start(on_devices=False)
     try:
         yield
     finally:

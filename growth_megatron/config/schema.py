@@ -205,6 +205,9 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(description="sequences per step, over all data-parallel ranks")
     micro_batch_size: PositiveInt = 1
     precision: Literal["fp32", "bf16"] = "bf16"
+    deterministic: bool = Field(
+        False, description="losses the same to the last bit on a GPU too, which costs speed; a CPU always gives them"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="in backward: none; selective: recompute_modules of each layer; full: whole layers"
     )

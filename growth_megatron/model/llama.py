@@ -6,6 +6,8 @@ Does not own: initial values (``model.init``), wrapping for data parallelism (``
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, RopeScaling, TrainingConfig
+from growth_megatron.parallel.preflight import what_compiling_lacks
+
+_LOG = logging.getLogger(__name__)
 
 
 class RMSNorm(torch.nn.Module):
@@ -106,7 +111,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_dropout_fusion=False,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and _can_compile(),
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
@@ -125,9 +130,19 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         cross_entropy_loss_fusion=False,
         # gloo sends from the tensor itself while the schedule goes on; NCCL has the stream to order the two.
         deallocate_pipeline_outputs=on_gpu,
+        deterministic_mode=training.deterministic,
         init_method_std=model.init_std,
         **recompute_options[training.recompute],
     )
+
+
+@cache
+def _can_compile() -> bool:
+    """Whether SwiGLU may be fused, which megatron-core leaves to torch.compile; says once what that lacks."""
+    lacks = what_compiling_lacks()
+    if lacks is not None:
+        _LOG.warning("this machine lacks %s: SwiGLU is not fused, and a step takes some percent longer", lacks)
+    return lacks is None
 
 
 def build_model_chunks(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> list[GPTModel]:

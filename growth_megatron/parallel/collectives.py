@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,12 +30,12 @@ def rank_from_environment() -> int:
     return environment_number("RANK", 0)
 
 
-def environment_number(name: str, default: int) -> int:
+def environment_number(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
     """A whole number out of the environment.
 
     Raises: ConfigError where the variable holds something else.
     """
-    value = os.environ.get(name, str(default))
+    value = environment.get(name, str(default))
     if not value.isdecimal():
         raise ConfigError(
             f"the environment variable {name} is {value!r}, not a number; start with torchrun, or unset it"
@@ -103,11 +103,10 @@ def any_rank(flag: bool) -> bool:
 
 
 def largest(value: float) -> float:
-    """The largest ``value`` of all ranks."""
+    """The largest ``value`` of all ranks, by gloo, which every default group has."""
     if not has_group():
         return value
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    tensor = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
 

@@ -3,8 +3,7 @@
 Owns: corrections of upstream faults, each named with its symptom and the condition under which it can go.
 Does not own: running without CUDA (``parallel.cpu_adapter``).
 
-Three concern ``DistributedOptimizer`` around ``torch.optim.AdamW``; with apex or Transformer Engine its other branches
-run, which keep ``step`` per group, and they are left out.
+Three concern ``DistributedOptimizer`` around ``torch.optim.AdamW``, which is taken whatever else is installed.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ def fix_megatron() -> None:
     global _fixed
     if _fixed:
         return
+    from megatron.core import optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
 
     _report_writes_within_the_process(filesystem_async)
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        optimizer_class = distrib_optimizer.DistributedOptimizer
-        _allocate_state_before_state_dict(optimizer_class)
-        _own_step_per_parameter(optimizer_class)
-        _set_states_without_step(optimizer_class)
+    _take_torchs_adam(optimizer, distrib_optimizer)
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    _allocate_state_before_state_dict(optimizer_class)
+    _own_step_per_parameter(optimizer_class)
+    _set_states_without_step(optimizer_class)
     _fixed = True
 
 
@@ -40,6 +40,16 @@ def _report_writes_within_the_process(writer_module: Any) -> None:
     Threads write here (``checkpoint.torch_dist.saver``). Can go when ``filesystem_async`` takes the queue it is given.
     """
     writer_module._results_queue = queue.SimpleQueue()
+
+
+def _take_torchs_adam(optimizer_module: Any, distrib_module: Any) -> None:
+    """Where Transformer Engine or apex is installed megatron-core takes its Adam, whose state has another form
+    (``step`` per group) and whose branches have not been tested with growth.
+
+    Can go when the other Adams have passed the tests of the optimizer's state.
+    """
+    optimizer_module.USING_PYTORCH_OPTIMIZER = True
+    distrib_module.HAVE_APEX_OR_TE = False
 
 
 def allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:

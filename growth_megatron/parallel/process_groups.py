@@ -1,13 +1,17 @@
 """Process groups of a layout: start, change, end.
 
-Owns: torch.distributed's default group, megatron-core's groups, the device of this rank.
-Does not own: whether a world size fits a configuration (``config.load.check_world_size``, which runs first).
+Owns: torch.distributed's default group and megatron-core's groups.
+Does not own: what is checked before (``parallel.preflight``), whether a world size fits a configuration
+(``config.checks``, which runs first).
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,37 +19,46 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from growth_megatron.config.schema import ParallelConfig
-from growth_megatron.parallel.collectives import environment_number
+from growth_megatron.errors import ConfigError
+from growth_megatron.parallel.collectives import world_size_from_environment
 from growth_megatron.parallel.cpu_adapter import adapt_megatron_to_cpu
 from growth_megatron.parallel.megatron_fixes import fix_megatron
+from growth_megatron.parallel.preflight import allow_open_files, check_rendezvous, device_index
 
 
-def device() -> torch.device:
-    """The device of this rank."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", environment_number("LOCAL_RANK", 0))
-    return torch.device("cpu")
+def start(timeout_s: float = 1800.0, on_devices: bool = True) -> bool:
+    """Join the default process group, also as a world of one without torchrun.
 
-
-def start(timeout_s: float = 1800.0) -> bool:
-    """Join the default process group (nccl with CUDA, else gloo), also as a world of one without torchrun.
+    Args:
+        on_devices: with CUDA, take this rank's device and join NCCL too; else gloo alone, and no GPU is touched.
 
     Returns: False if the process was in one already; whoever started it stops it.
+
+    Raises: ConfigError where the environment, devices or limits do not fit, or the ranks cannot meet.
     """
     adapt_megatron_to_cpu()
     fix_megatron()
     if dist.is_initialized():
         return False
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-        backend = "cpu:gloo,cuda:nccl"
+    allow_open_files(world_size_from_environment())
     timeout = datetime.timedelta(seconds=timeout_s)
+    backend, options = "gloo", dict[str, Any]()
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        check_rendezvous(os.environ)
     else:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+        options = {"rank": 0, "world_size": 1, "store": store}
+    if on_devices and torch.cuda.is_available():
+        torch.cuda.set_device(device_index(os.environ, torch.cuda.device_count()))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timeout, **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {meeting}: {reason}; is another job there, or a firewall?"
+        ) from error
     return True
 
 
@@ -56,9 +69,31 @@ def set_layout(parallel: ParallelConfig, seed: int) -> None:
     if parallel_state.model_parallel_is_initialized() and _current_layout() != wanted:
         _end_layout()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(*wanted)
+        with _subgroups_of_one_backend("nccl" if _has_nccl() else "gloo"):
+            parallel_state.initialize_model_parallel(*wanted, create_gloo_process_groups=False)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _has_nccl() -> bool:
+    return torch.cuda.is_available() and "nccl" in dist.get_backend_config()
+
+
+@contextmanager
+def _subgroups_of_one_backend(backend: str) -> Iterator[None]:
+    """megatron-core's groups would inherit both backends of the default group: connections that nothing uses, on 1,024
+    ranks ten for each that is needed.
+    """
+    create = parallel_state.create_group
+
+    def create_group(*arguments: Any, **options: Any) -> Any:
+        return create(*arguments, **{**options, "backend": options.get("backend") or backend})
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
 
 
 def _current_layout() -> tuple[int, int, int | None]:

@@ -66,6 +66,7 @@ class Engine:
         """
         check_multipliers(multipliers, stage.model)
         self.stage, self.multipliers = stage, multipliers
+        torch.use_deterministic_algorithms(stage.training.deterministic)
         self.models: list[GPTModel] = build_model_chunks(stage.model, stage.parallel, stage.training)
         self.wrapped: list[DistributedDataParallel] = []
         self._optimizer: MegatronOptimizer | None = None
@@ -106,7 +107,9 @@ class Engine:
             use_distributed_optimizer=True,
             overlap_param_gather=parallel.overlap_param_gather,
         )
-        self._optimizer = get_megatron_optimizer(optimizer_config, self.wrapped, self._overrides(optimizer_config))
+        self._optimizer = get_megatron_optimizer(
+            optimizer_config, self.wrapped, self._overrides(optimizer_config), use_gloo_process_groups=False
+        )
         self._epsilon_multipliers = [group.get(EPSILON, 1.0) for group in self.optimizer.param_groups]
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads

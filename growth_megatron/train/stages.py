@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def train(loaded: LoadedConfig) -> int:
     stop = StopRequest(rank)
     stop.install()
     stop.outlive_no_launcher()
+    if any(stage.training.deterministic for stage in config.stages):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
     started = process_groups.start()
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()

@@ -6,9 +6,11 @@ When a newer megatron-core makes the ``without`` half of a test fail, that repai
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from growth_megatron.parallel.megatron_fixes import _take_torchs_adam
 from tests.ranks import run_ranks
 
 CASES = [
@@ -38,3 +40,11 @@ def test_a_save_leaves_no_helper_process_behind(tmp_path: Path) -> None:
     repair = "_report_writes_within_the_process"
     without = run_ranks(helpers, 1, {"directory": str(tmp_path / "without")}, without=(repair,))
     assert without == [1]
+
+
+def test_torchs_adam_is_taken_whatever_is_installed() -> None:
+    """As megatron-core's modules look where Transformer Engine or apex is installed."""
+    optimizer, distrib = SimpleNamespace(USING_PYTORCH_OPTIMIZER=False), SimpleNamespace(HAVE_APEX_OR_TE=True)
+    _take_torchs_adam(optimizer, distrib)
+    assert optimizer.USING_PYTORCH_OPTIMIZER
+    assert not distrib.HAVE_APEX_OR_TE

@@ -32,6 +32,7 @@ ALONE: list[dict[str, Any]] = [
     {"layout": {}, "recompute": "selective", "recompute_modules": ["mlp"]},
     {"layout": {}, "recompute": "full"},
     {"layout": {}, "model": FAMILY},
+    {"layout": {}, "deterministic": True},
 ]
 ON_TWO: list[tuple[dict[str, Any], int, float]] = [  # case, index of its reference, tolerance of the loss in nats
     ({"layout": TP2}, 0, 1e-6),
@@ -83,7 +84,8 @@ def test_every_layout_gives_the_losses_of_the_single_process(
             assert per_rank[0][number]["norms"] == pytest.approx(alone[reference]["norms"], rel=1e-5), case
 
 
-def test_recomputation_does_not_change_the_losses(alone: list[dict[str, Any]]) -> None:
+def test_neither_recomputation_nor_deterministic_algorithms_change_the_losses(alone: list[dict[str, Any]]) -> None:
+    assert alone[7]["losses"] == alone[0]["losses"]
     assert alone[4]["losses"] == alone[0]["losses"]
     assert alone[5]["losses"] == alone[0]["losses"]
 
