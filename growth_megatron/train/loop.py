@@ -21,7 +21,7 @@ from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import Saver
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
-from growth_megatron.data.dataset import Stream, ValidationSet
+from growth_megatron.data.dataset import FiniteSource, SampleSource
 from growth_megatron.data.loader import BatchLoader, validation_batches
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
@@ -43,8 +43,8 @@ class RunContext:
     metrics: Metrics
     stop: StopRequest
     watchdog: Watchdog
-    train_data: Stream
-    validation_data: ValidationSet | None
+    train_data: SampleSource
+    validation_data: FiniteSource | None
     data_fingerprint: dict[str, object]
     world_size: int
 

@@ -29,7 +29,8 @@ from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import RunConfig
 from growth_megatron.config.units import format_bytes
-from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
+from growth_megatron.data.contents import check_contents
+from growth_megatron.data.dataset import InVocabulary, build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
 from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
@@ -256,19 +257,23 @@ def _context(
     cache = Path(config.data.cache_directory or directory.path / "data_cache")
     model = config.stages[0].model
     collectives.on_all_ranks(lambda: check_data(config.data, model.vocab_size))
+    own = (*config.data.train, *config.data.validation)[collectives.rank() :: world_size]  # shared among the ranks
+    collectives.on_all_ranks(lambda: check_contents(own, model.vocab_size, cache))
+    train_data = collectives.on_all_ranks(
+        lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
+    )
+    validation = collectives.on_all_ranks(
+        lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
+    )
     return RunContext(
         loaded,
         directory,
         metrics,
         stop,
         watchdog,
-        collectives.on_all_ranks(
-            lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
-        ),
-        collectives.on_all_ranks(
-            lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
-        ),
-        collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed)),
+        InVocabulary(train_data, model.vocab_size),
+        InVocabulary(validation, model.vocab_size) if validation is not None else None,
+        collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed, cache)),
         world_size,
     )
 
