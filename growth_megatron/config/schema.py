@@ -180,7 +180,7 @@ class ScheduleConfig(Section):
     """Learning rate as a pure function of the step within its scope."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    learning_rate: PositiveFloat = Field(description="peak")
+    learning_rate: PositiveFloat = Field(le=1e6, description="peak")
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = Field(
@@ -353,7 +353,7 @@ class RunSection(Section):
     """Where the run lives and what seeds it."""
 
     directory: str = Field(min_length=1)
-    seed: NonNegativeInt = 1234
+    seed: NonNegativeInt = Field(1234, lt=2**63)
 
 
 class RunConfig(Section):
