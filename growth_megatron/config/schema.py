@@ -211,6 +211,17 @@ class TrainingConfig(Section):
     recompute_modules: list[Literal["core_attn", "mlp"]] | None = Field(
         None, min_length=1, description="with recompute: selective; default: core_attn, as in Megatron"
     )
+    on_non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not finite, or whose loss is a spike, is never taken: stop the "
+        "run, go on without it, or go on from the last checkpoint past its samples",
+    )
+    non_finite_limit: PositiveInt = Field(
+        3, description="steps skipped in a row, or rollbacks to one checkpoint, before the run stops after all"
+    )
+    spike_deviations: PositiveFloat | None = Field(
+        None, description="a loss so many mean deviations above the stage's running mean is a spike; default: none is"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 from typing_extensions import Self, override
 
 from growth_megatron.config.schema import LoggingConfig
-from growth_megatron.errors import DataError
+from growth_megatron.errors import DataError, GrowthMegatronError
 from growth_megatron.train.console import Console, open_console
 from growth_megatron.train.trackers import Tracker, open_trackers
 
@@ -165,10 +165,17 @@ class MetricsLogger:
             tracker.close()
 
     def _emit(self, record: dict[str, Any]) -> None:
-        if self._file is None:
-            self._file = _open_for_append(self.path)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._file = _open_for_append(self.path)
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._file = None  # closing it would write again
+            raise GrowthMegatronError(
+                f"{self.path} cannot be written ({error.strerror}); make room there and give the command again: it "
+                "goes on from the last checkpoint"
+            ) from error
         self._console.record(record)
         for tracker in list(self._trackers):
             try:

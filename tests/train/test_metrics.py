@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 
 from growth_megatron.config.schema import LoggingConfig, WandbConfig
 from growth_megatron.config.units import count, duration
-from growth_megatron.errors import ConfigError, DataError
+from growth_megatron.errors import ConfigError, DataError, GrowthMegatronError
 from growth_megatron.train import trackers
 from growth_megatron.train.console import LineConsole, LiveConsole, Position, event_line
 from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
@@ -311,3 +311,14 @@ def test_wandb_is_online_where_a_key_is_known(
     (tmp_path / ".netrc").write_text(netrc)
     (tmp_path / ".netrc").chmod(0o600)
     assert trackers._wandb_mode() == mode
+
+
+def test_metrics_without_room_end_the_run_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger,
+        pytest.raises(
+            GrowthMegatronError, match=r"metrics\.jsonl cannot be written \(No space left on device\); make room"
+        ),
+    ):
+        logger.log("train", **train_fields(1))
