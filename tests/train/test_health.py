@@ -83,26 +83,36 @@ def test_a_skipped_step_changes_nothing_at_any_layout_and_counts(growing_config:
         assert read_manifest(tmp_path / name / "latest").skipped_steps == 1
 
 
-def test_a_rolled_back_run_passes_over_the_samples_and_resumes_bitwise(growing_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sample", "step", "checkpoint", "first", "background"),
+    [(25, 4, 2, 16, "false"), (58, 8, 6, 48, "true")],
+    ids=["in the first stage", "after a growth, with background saves"],
+)
+def test_a_rolled_back_run_passes_over_the_samples_and_resumes_bitwise(
+    growing_config: Path, tmp_path: Path, sample: int, step: int, checkpoint: int, first: int, background: str
+) -> None:
     """Killed between the rollback and the next save it goes on past them, though they do no harm any more."""
-    back, killed, without = tmp_path / "back", tmp_path / "killed", tmp_path / "without"
-    policy = "training.on_non_finite=rollback"
-    assert (
-        _train(1, growing_config, {"overrides": [f"run.directory={back}", policy], "nan": BAD_STEP_4})[0]["code"] == 0
-    )
-    _copy_until(back, killed, 2)
-    runs: list[dict[str, Any]] = [
-        {"overrides": [f"run.directory={killed}", policy]},
-        {"overrides": [f"run.directory={without}", policy], "passed_over": [16, 16]},
-    ]
+
+    def run(name: str, **faults: Any) -> dict[str, Any]:
+        policy = ["training.on_non_finite=rollback", f"checkpoint.async_save={background}"]
+        return {"overrides": [f"run.directory={tmp_path / name}", *policy], **faults}
+
+    assert _train(1, growing_config, run("back", nan=[sample]))[0]["code"] == 0
+    _copy_until(tmp_path / "back", tmp_path / "killed", checkpoint)
+    runs = [run("killed"), run("without", passed_over=[first, 16])]
     assert [result["code"] for result in _train(1, growing_config, *runs)] == [0, 0]
-    assert _losses(back) == _losses(killed) == _losses(without)
-    assert list(_losses(back)) == list(range(1, 11))
-    (event,) = _events(killed, "rollback")
-    assert (event["step"], event["skipped_samples"]) == (2, 16)
-    assert "the loss is nan at step 4: back to" in event["message"]
-    assert [read_manifest(killed / "checkpoints" / f"step_{step:08d}").skipped_samples for step in (2, 4)] == [0, 16]
-    assert read_manifest(killed / "latest").consumed_samples == 80
+    losses = [_losses(tmp_path / name) for name in ("back", "killed", "without")]
+    assert losses[0] == losses[1] == losses[2]
+    assert list(losses[0]) == list(range(1, 11))
+    for name in ("back", "killed"):
+        (event,) = _events(tmp_path / name, "rollback")
+        assert (event["step"], event["skipped_samples"]) == (checkpoint, 16)
+        assert f"the loss is nan at step {step}: back to" in event["message"]
+        assert len(_records(tmp_path / name, "growth")) == 1
+        checkpoints = tmp_path / name / "checkpoints"
+        saved = {n: read_manifest(checkpoints / f"step_{n:08d}").skipped_samples for n in (checkpoint, checkpoint + 2)}
+        assert list(saved.values()) == [0, 16]
+        assert read_manifest(tmp_path / name / "latest").consumed_samples == 80
 
 
 def test_rollbacks_and_skips_are_bounded_and_the_message_says_what_to_do(growing_config: Path, tmp_path: Path) -> None:
@@ -145,15 +155,18 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> N
             assert result["losses"] == pytest.approx(expected, abs=1e-5), layout
 
 
-def test_a_spike_is_left_out_with_a_resumed_run_seeing_the_same(growing_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("policy", "at"), [("skip", 136), ("rollback", 120)])
+def test_a_spike_is_left_out_or_gone_around_and_a_resumed_run_sees_the_same(
+    growing_config: Path, tmp_path: Path, policy: str, at: int
+) -> None:
     def run(name: str) -> dict[str, Any]:
         length = ["stages.base.training.steps=140", "checkpoint.interval_steps=40", "training.global_batch_size=2"]
-        policy = ["training.on_non_finite=skip", "training.spike_deviations=8"]
-        return {"overrides": [f"run.directory={tmp_path / name}", *length, *policy], "random": [270, 271]}
+        wanted = [f"training.on_non_finite={policy}", "training.spike_deviations=8"]
+        return {"overrides": [f"run.directory={tmp_path / name}", *length, *wanted], "random": [270, 271]}
 
     assert _train(1, growing_config, run("whole"))[0]["code"] == 0
-    (event,) = _events(tmp_path / "whole", "skip")
-    assert event["step"] == 136
+    (event,) = _events(tmp_path / "whole", policy)
+    assert event["step"] == at
     assert "is a spike (training.spike_deviations allows" in event["message"]
     _copy_until(tmp_path / "whole", tmp_path / "resumed", 120)
     assert _train(1, growing_config, run("resumed"))[0]["code"] == 0
