@@ -244,8 +244,8 @@ class StageLoop:
             causes = [failure for failure, _ in getattr(error, "failures", {}).values()]
             raise GrowthMegatronError(
                 f"the checkpoint of step {step} could not be written in {self.context.directory.path} "
-                f"({causes[0] if causes else error}); make room there and give the command again: it goes on from the "
-                "last checkpoint"
+                f"({causes[0] if causes else error}); make room there, or mend what it says, and give the command again: it "
+                "goes on from the last checkpoint"
             ) from error
 
     def _save(self, in_background: bool) -> None:
