@@ -255,31 +255,6 @@ def logits(models: list[dict[str, Any]], tokens: list[int]) -> list[list[list[fl
     return results
 
 
-def train_into_nan(config: str, overrides: list[str], step: int) -> str:
-    """Train with a gradient norm that is not a number at ``step``; the error that ends it."""
-    import dataclasses
-
-    from growth_megatron.errors import GrowthMegatronError
-    from growth_megatron.growth.configuration import load_config
-    from growth_megatron.train.stages import train
-
-    real, calls = Engine.train_step, [0]
-
-    def failing(self: Engine, *arguments: Any) -> Any:
-        calls[0] += 1
-        result = real(self, *arguments)
-        return dataclasses.replace(result, grad_norm=float("nan")) if calls[0] == step else result
-
-    Engine.train_step = failing  # type: ignore[method-assign, assignment]
-    try:
-        train(load_config(config, overrides))
-    except GrowthMegatronError as error:
-        return str(error)
-    finally:
-        Engine.train_step = real  # type: ignore[method-assign]
-    return ""
-
-
 def what_outlives_an_engine(layout: dict[str, Any], close: bool = True) -> list[str]:
     """Names of the parts of a trained and closed engine that are still in memory."""
     import weakref

@@ -180,7 +180,7 @@ class ScheduleConfig(Section):
     """Learning rate as a pure function of the step within its scope."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    learning_rate: PositiveFloat = Field(description="peak")
+    learning_rate: PositiveFloat = Field(le=1e6, description="peak")
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = Field(
@@ -213,6 +213,17 @@ class TrainingConfig(Section):
     )
     recompute_modules: list[Literal["core_attn", "mlp"]] | None = Field(
         None, min_length=1, description="with recompute: selective; default: core_attn, as in Megatron"
+    )
+    on_non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not finite, or whose loss is a spike, is never taken: stop the "
+        "run, go on without it, or go on from the last checkpoint past its samples",
+    )
+    non_finite_limit: PositiveInt = Field(
+        3, description="steps skipped in a row, or rollbacks to one checkpoint, before the run stops after all"
+    )
+    spike_deviations: PositiveFloat | None = Field(
+        None, description="a loss so many mean deviations above the stage's running mean is a spike; default: none is"
     )
 
     @model_validator(mode="before")
@@ -356,7 +367,7 @@ class RunSection(Section):
     """Where the run lives and what seeds it."""
 
     directory: str = Field(min_length=1)
-    seed: NonNegativeInt = 1234
+    seed: NonNegativeInt = Field(1234, lt=2**63)
     timeout_s: PositiveFloat | None = Field(
         None, description="seconds without any progress after which the run ends itself; default: by its own steps"
     )

@@ -197,6 +197,29 @@ class ValidationSet:
         return self._datasets[number][sample]
 
 
+class InVocabulary:
+    """Samples of ``source``, each looked at: an embedding split over ranks takes an unknown id for no token at all."""
+
+    def __init__(self, source: SampleSource, vocab_size: int) -> None:
+        self._source, self._vocab_size = source, vocab_size
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._source[index]
+        for name in ("tokens", "labels"):
+            low, high = (int(bound) for bound in sample[name].aminmax())
+            if low < 0 or high >= self._vocab_size:
+                raise DataError(
+                    f"sample {index} of the data holds token {low if low < 0 else high}, the model's vocab_size is "
+                    f"{self._vocab_size}: a file changed after it was checked. Remove the cache (data.cache_directory, "
+                    "else data_cache in run.directory) and re-run the same command: it checks every byte and names the "
+                    "file"
+                )
+        return sample
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]  # where the source has a length
+
+
 def build_train_dataset(data: DataConfig, sequence_length: int, seed: int, cache_directory: str | Path) -> Stream:
     """The training stream of ``data``. Call on every rank that reads; needs no process group.
 

@@ -3,8 +3,8 @@
 Owns: the fingerprint and the comparison of two.
 Does not own: where it is stored (``checkpoint``) and when it is asked for (``train``).
 
-Tokens are hashed by their size and evenly spread regions: cheap at any size, and what it could overlook, an edit of a
-few ids in place, is not how datasets change.
+All bytes count (``contents``). The hashes of size and evenly spread regions beside them are what checkpoints of earlier
+versions hold.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.data.contents import contents
 from growth_megatron.data.prepared import open_indexed, regions, suffixed
 from growth_megatron.data.tokenizer import tokenizer_sha256
 from growth_megatron.errors import DataError
 
-VERSION = 1
+VERSION = 2
+SINCE_VERSION_2 = ("bin_content_sha256", "idx_content_sha256")
 INFORMATIVE = ("path", "version")  # kept for the reader: moving files does not change data
 
 
@@ -39,8 +41,8 @@ def bin_digest(prefix: str | Path) -> str:
     return _digest(suffixed(prefix, ".bin"))
 
 
-def _dataset(entry: DatasetConfig) -> dict[str, Any]:
-    indexed = open_indexed(entry.path)
+def _dataset(entry: DatasetConfig, cache_directory: str | Path) -> dict[str, Any]:
+    indexed, found = open_indexed(entry.path), contents(entry.path, cache_directory)
     return {
         "path": entry.path,
         "weight": entry.weight,
@@ -48,10 +50,12 @@ def _dataset(entry: DatasetConfig) -> dict[str, Any]:
         "tokens": int(indexed.sequence_lengths.sum()),
         "idx_sha256": idx_digest(entry.path),
         "bin_sha256": bin_digest(entry.path),
+        "bin_content_sha256": found.bin_sha256,
+        "idx_content_sha256": found.idx_sha256,
     }
 
 
-def fingerprint(data: DataConfig, sequence_length: int, seed: int) -> dict[str, Any]:
+def fingerprint(data: DataConfig, sequence_length: int, seed: int, cache_directory: str | Path) -> dict[str, Any]:
     """Everything the token stream and the validation set depend on, ready for JSON.
 
     Raises: DataError where a file is missing or damaged.
@@ -62,8 +66,8 @@ def fingerprint(data: DataConfig, sequence_length: int, seed: int) -> dict[str, 
         "sequence_length": sequence_length,
         "tokenizer_sha256": tokenizer_sha256(data.tokenizer),
         "validation_fraction": data.validation_fraction,
-        "train": [_dataset(entry) for entry in data.train],
-        "validation": [_dataset(entry) for entry in data.validation],
+        "train": [_dataset(entry, cache_directory) for entry in data.train],
+        "validation": [_dataset(entry, cache_directory) for entry in data.validation],
     }
 
 
@@ -81,6 +85,8 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for each value that differs; empty where both describe the same data. Paths are not compared."""
     then, now = _flat(saved), _flat(current)
+    if saved.get("version") == 1:  # by an earlier version, which did not read everything
+        now = {name: value for name, value in now.items() if not name.endswith(SINCE_VERSION_2)}
 
     def shown(leaves: dict[str, Any], name: str) -> str:
         if name not in leaves:

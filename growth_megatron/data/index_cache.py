@@ -61,7 +61,7 @@ def cached_arrays(
                     arrays = _load(folder)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"the sample index in {folder} cannot be used ({error}); remove that folder if it is damaged, or set "
+            f"the data cache in {folder} cannot be used ({error}); remove that folder if it is damaged, or set "
             "data.cache_directory to a folder that can be written"
         ) from error
     assert arrays is not None

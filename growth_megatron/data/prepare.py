@@ -7,6 +7,7 @@ Does not own: reading text (``corpus``), tokenizing in parallel (``encode``).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -52,11 +53,15 @@ class _Output:
         self.prefix = prefix
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._partial = prefix.with_name(f".{prefix.name}.{os.getpid()}.partial")
-        self._builder = IndexedDatasetBuilder(str(suffixed(self._partial, ".bin")), dtype=token_dtype(vocab_size))
-        self.documents = self.tokens = 0
+        self._dtype = token_dtype(vocab_size)
+        self._builder = IndexedDatasetBuilder(str(suffixed(self._partial, ".bin")), dtype=self._dtype)
+        self.documents = self.tokens = self.largest_token = 0
+        self.digest = hashlib.sha256()
 
     def add(self, tokens: numpy.ndarray) -> None:
         self._builder.add_document(tokens, [len(tokens)])
+        self.digest.update(tokens.astype(self._dtype).tobytes())
+        self.largest_token = max(self.largest_token, int(tokens.max()))
         self.documents += 1
         self.tokens += len(tokens)
 
@@ -184,4 +189,6 @@ def _describe(
         text_bytes=text_bytes,
         empty_documents=empty,
         sources=[(source.name, source.size_bytes) for source in sources],
+        bin_sha256=output.digest.hexdigest(),
+        largest_token=output.largest_token,
     )

@@ -23,9 +23,10 @@ from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
 FORMAT = 1
-IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_MAGIC, IDX_VERSION = b"MMIDIDX\x00\x00", 1
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
 IDX_DTYPES: dict[int, type[numpy.generic]] = {4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
+_BLOCK_SEQUENCES = 1 << 20
 REGIONS, REGION_BYTES = 64, 1 << 16  # what is read of a large file where all of it would take too long
 
 
@@ -47,6 +48,8 @@ class Description:
     text_bytes: int
     empty_documents: int  # left out
     sources: list[tuple[str, int]]  # path below the input, bytes on disk
+    bin_sha256: str | None = None  # of PREFIX.bin; None: prepared by an earlier version
+    largest_token: int | None = None
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
@@ -86,14 +89,26 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
         head = stream.read(IDX_HEADER.size)
     if len(head) < IDX_HEADER.size or not head.startswith(IDX_MAGIC):
         raise DataError(f"{idx} is not a Megatron index; prepare the data again with --overwrite")
-    _, _, code, sequences, bounds = IDX_HEADER.unpack(head)
+    _, version, code, sequences, bounds = IDX_HEADER.unpack(head)
+    if version != IDX_VERSION:
+        raise DataError(f"{idx} has version {version}, this library reads {IDX_VERSION}; prepare the data again")
     if code not in IDX_DTYPES:
         raise DataError(f"{idx} stores values of type {code}, not token ids (int32, int64 or uint16)")
-    if idx.stat().st_size < IDX_HEADER.size + sequences * 12 + bounds * 8:
-        raise DataError(f"{idx} is truncated; prepare the data again with --overwrite")
+    length, expected = idx.stat().st_size, IDX_HEADER.size + sequences * 12 + bounds * 8
+    if length != expected:
+        raise DataError(
+            f"{idx} is {'truncated' if length < expected else 'damaged'}: it has {length} bytes where its header says "
+            f"{expected}; prepare the data again with --overwrite"
+        )
     if sequences == 0 or suffixed(prefix, ".bin").stat().st_size == 0:
         raise DataError(f"dataset {prefix} holds no documents; prepare it again from a corpus with text")
-    dataset = IndexedDataset(str(prefix))
+    try:
+        dataset = IndexedDataset(str(prefix))
+    except (AssertionError, IndexError):
+        raise DataError(
+            f"{idx} is damaged: its documents do not fit; prepare the data again with --overwrite"
+        ) from None
+    _check_pointers(idx, dataset)
     expected = int(dataset.index.sequence_pointers[-1]) + int(dataset.sequence_lengths[-1]) * dataset.index.dtype_size
     actual = suffixed(prefix, ".bin").stat().st_size
     if actual != expected:
@@ -102,6 +117,18 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
             "another preparation; prepare the data again with --overwrite"
         )
     return dataset
+
+
+def _check_pointers(idx: Path, dataset: IndexedDataset) -> None:
+    """Each sequence begins where the one before it ends, as every writer of this format has it."""
+    lengths, pointers, begins = dataset.sequence_lengths, dataset.index.sequence_pointers, 0
+    for start in range(0, len(lengths), _BLOCK_SEQUENCES):
+        some = lengths[start : start + _BLOCK_SEQUENCES].astype(numpy.int64)
+        ends = begins + numpy.cumsum(some) * dataset.index.dtype_size
+        found = pointers[start : start + _BLOCK_SEQUENCES]
+        if some.min() < 0 or found[0] != begins or not numpy.array_equal(found[1:], ends[:-1]):
+            raise DataError(f"{idx} is damaged: a length or pointer is wrong; prepare the data again with --overwrite")
+        begins = int(ends[-1])
 
 
 def regions(path: Path, whole_bytes: int = REGIONS * REGION_BYTES) -> Iterator[bytes]:
@@ -120,26 +147,10 @@ def regions(path: Path, whole_bytes: int = REGIONS * REGION_BYTES) -> Iterator[b
         yield stream.read(8)
 
 
-def largest_sampled_token(prefix: str | Path) -> int:
-    """Largest id in the sampled regions of ``PREFIX.bin``: a lower bound of the vocabulary it needs."""
-    dtype = numpy.dtype(open_indexed(prefix).index.dtype)
-    return max(
-        int(numpy.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype).max())
-        for part in regions(suffixed(prefix, ".bin"))
-        if len(part) >= dtype.itemsize
-    )
-
-
 def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
     open_indexed(entry.path)
     description = read_description(entry.path)
     if description is None:
-        largest = largest_sampled_token(entry.path)
-        if largest >= vocab_size:
-            raise DataError(
-                f"dataset {entry.path} holds token {largest}, the model's vocab_size is {vocab_size}; "
-                f"set model.vocab_size to more than {largest} or prepare the data with the model's tokenizer"
-            )
         return
     if description.vocab_size > vocab_size:
         raise DataError(
@@ -157,6 +168,8 @@ def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> N
 
 def check_data(data: DataConfig, vocab_size: int) -> None:
     """Check all files of ``data`` against each other and the model's ``vocab_size``; reads little, needs no processes.
+
+    What the tokens themselves say is seen by ``contents.check_contents``.
 
     Raises: DataError naming the first thing that does not fit, and the remedy.
     """

@@ -12,6 +12,9 @@ from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.model.cost import flops_per_token
 
+BAND_STEPS = 32
+"""Over about so many steps the band of usual losses is averaged, in each stage anew."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
@@ -23,6 +26,15 @@ class Counters:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     flops: float = 0.0
+    skipped_samples: int = 0
+    skipped_steps: int = 0
+    loss_mean: float = 0.0
+    loss_deviation: float = 0.0
+
+    @property
+    def next_sample(self) -> int:
+        """Of the stream: where the next step begins to read."""
+        return self.consumed_samples + self.skipped_samples
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Counters:
@@ -39,6 +51,13 @@ class Counters:
             consumed_tokens=self.consumed_tokens + stage.tokens_per_step,
             flops=self.flops + float(flops_per_token(stage.model)) * stage.tokens_per_step,
         )
+
+    def with_loss(self, loss: float) -> Counters:
+        """The running band of losses with that of the step just taken."""
+        share = 1 / min(max(self.stage_step, 1), BAND_STEPS)
+        mean = self.loss_mean + share * (loss - self.loss_mean)
+        deviation = self.loss_deviation + share * (abs(loss - mean) - self.loss_deviation)
+        return dataclasses.replace(self, loss_mean=mean, loss_deviation=deviation)
 
     def ends_stage(self, config: RunConfig) -> bool:
         """Whether the present stage has all its steps."""

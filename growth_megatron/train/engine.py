@@ -29,6 +29,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from growth_megatron.checkpoint.folder.manifest import Multipliers
@@ -52,6 +53,10 @@ class StepResult:
     loss: float
     grad_norm: float
     stop_requested: bool
+    taken: bool = True
+    """Whether the update was made."""
+    failed: bool = False
+    """Whether a rank said so."""
 
 
 class Engine:
@@ -157,19 +162,57 @@ class Engine:
             if epsilon != 1.0:
                 group[EPSILON] = epsilon
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, stop_requested: bool = False) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        learning_rate: float,
+        stop_requested: bool = False,
+        failed: bool = False,
+        highest_loss: float = math.inf,
+    ) -> StepResult:
         """One update from this rank's micro-batches.
 
-        ``stop_requested`` of any rank comes back on all of them, so that all leave at the same step.
+        It is not made where the loss is above ``highest_loss``, or it or the gradient's norm are not finite.
+        ``stop_requested`` and ``failed`` (this rank has no batches; it was given some to take part) of any rank come
+        back on all of them, so that all leave at the same step.
         """
         for model in self.wrapped:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(batches, forward_only=False)
+        loss, stop, failed = _world_mean_loss(sums, stop_requested, failed)
+        if failed or not math.isfinite(loss) or loss > highest_loss:
+            return StepResult(loss, math.nan, stop, taken=False, failed=failed)
+        grad_norm = self._update(learning_rate)
+        return StepResult(loss, grad_norm, stop, taken=math.isfinite(grad_norm))
+
+    @torch.no_grad()
+    def _update(self, learning_rate: float) -> float:
+        """``ChainedOptimizer.step`` with a look between its parts; returns the gradient's norm."""
         self.set_optimizer_settings(learning_rate)
-        _, grad_norm, _ = self.optimizer.step()
-        loss, stop = _world_mean_loss(sums, stop_requested)
-        return StepResult(loss, float(grad_norm), stop)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm
+        for optimizer in self._own_optimizers():
+            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
+
+    def _own_optimizers(self) -> list[MegatronOptimizer]:
+        """Those that hold anything on this rank."""
+        chained: list[MegatronOptimizer] = self.optimizer.chained_optimizers
+        return [part for part in chained if not part.is_stub_optimizer and part.get_parameters()]
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all weights, masters and moments of this rank are."""
+        tensors = [param for model in self.models for param in model.parameters()]
+        for optimizer in self._own_optimizers():
+            tensors += [param for group in optimizer.param_groups for param in group["params"]]
+            tensors += [value for state in optimizer.optimizer.state.values() for value in state.values()]
+        ends = [end.float() for tensor in tensors if tensor.numel() for end in tensor.aminmax()]
+        return bool(torch.stack(ends).isfinite().all())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -180,7 +223,7 @@ class Engine:
             sums = self._run(batches, forward_only=True)
         for model in self.models:
             model.train()
-        return _world_mean_loss(sums, False)[0]
+        return _world_mean_loss(sums)[0]
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
@@ -234,12 +277,14 @@ def _loss(mask: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor,
     return total / tokens.clamp(min=1.0), {"sums": report}
 
 
-def _world_mean_loss(sums: Sequence[torch.Tensor], stop_requested: bool) -> tuple[float, bool]:
-    """Mean loss over all tokens of the world, and whether any rank wants to stop, in one reduction."""
-    packed = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+def _world_mean_loss(
+    sums: Sequence[torch.Tensor], stop_requested: bool = False, failed: bool = False
+) -> tuple[float, bool, bool]:
+    """Mean loss over all tokens of the world, and whether any rank wants to stop or failed, in one reduction."""
+    packed = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
         packed[:2] = torch.stack([pair.double() for pair in sums]).sum(dim=0)
-    packed[2] = float(stop_requested)
+    packed[2], packed[3] = float(stop_requested), float(failed)
     dist.all_reduce(packed)
-    total, tokens, stop = packed.tolist()
-    return total / tokens, stop > 0
+    total, tokens, stop, failures = packed.tolist()
+    return total / max(tokens, 1.0), stop > 0, failures > 0

@@ -7,32 +7,38 @@ Does not own: what a step is (``train.engine``), what comes before and after the
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 from megatron.core import parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
-from growth_megatron.checkpoint.folder.manifest import Manifest, library_version
+from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, library_version
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
-from growth_megatron.data.dataset import Stream, ValidationSet
+from growth_megatron.data.dataset import FiniteSource, SampleSource
 from growth_megatron.data.loader import BatchLoader, validation_batches
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.parallel import collectives
 from growth_megatron.train.counters import Counters
-from growth_megatron.train.engine import Batch, Engine
+from growth_megatron.train.engine import Batch, Engine, StepResult
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
+from growth_megatron.train.health import RollBack, fault, highest_loss, stopping
 from growth_megatron.train.metrics import Metrics
 from growth_megatron.train.resilience import StopRequest
 from growth_megatron.train.schedule import learning_rate, schedule_position
 from growth_megatron.train.watchdog import Watchdog
+
+AGAIN = "re-run the same command to resume"
+_TORCH_CANNOT_WRITE = "PytorchStreamWriter"  # failed writing, says torch.save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +50,8 @@ class RunContext:
     metrics: Metrics
     stop: StopRequest
     watchdog: Watchdog
-    train_data: Stream
-    validation_data: ValidationSet | None
+    train_data: SampleSource
+    validation_data: FiniteSource | None
     data_fingerprint: dict[str, object]
     world_size: int
 
@@ -73,7 +79,9 @@ class StageLoop:
         self._pending: _Pending | None = None
         self._saved_step = counters.step if start else -1
         self._evaluated_step, self._validation_loss = -1, float("nan")
-        self._validation = self._validation_batches()
+        self._validation = collectives.on_all_ranks(self._validation_batches)
+        self._rollback: RollBack | None = None
+        self._skipped_in_a_row = 0
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
     def note_loss_after_growth(self, loss: float | None) -> None:
@@ -81,7 +89,7 @@ class StageLoop:
         *earlier, newest = self._lineage
         self._lineage = (*earlier, newest.model_copy(update={"validation_loss_after": loss}))
 
-    def run(self) -> bool:
+    def run(self) -> bool | RollBack:
         """Train to the stage's end, validate there and save. Returns False if stopped before it (and saved)."""
         training = self.stage.training
         loader = BatchLoader(
@@ -94,19 +102,21 @@ class StageLoop:
         with loader:
             stopped = collectives.any_rank(self.context.stop.requested)
             self._restart_window()
-            while not stopped and not self.counters.ends_stage(self.config):
+            while not (stopped or self._rollback or self.counters.ends_stage(self.config)):
                 stopped = self._step(loader)
         ended = self.counters.ends_stage(self.config)
-        if not ended:
+        if self._rollback:
+            pass
+        elif not ended:
             self.context.metrics.log("event", step=self.counters.step, event="stop", message=self._stop_message())
         elif self._evaluated_step != self.counters.step:
             self.validate()
         self._commit_pending(wait=True)
-        if self._saved_step != self.counters.step and self.counters.step > 0:
+        if self._saved_step != self.counters.step and self.counters.step > 0 and not self._rollback:
             self._save(in_background=False)
-        if not ended:
+        if not ended and not self._rollback:
             self.context.stop.finish()  # all is saved: another signal changes nothing
-        return ended
+        return self._rollback or ended
 
     def validate(self) -> float | None:
         """Loss on the validation set (nats per token), logged; None without one."""
@@ -129,22 +139,24 @@ class StageLoop:
     def _step(self, loader: BatchLoader) -> bool:
         self.context.watchdog.alive("waiting for data", self.counters.step)
         started = time.perf_counter()
-        batches = [_to_device(batch) for batch in loader.micro_batches(self.counters.consumed_samples)]
+        batches, error = self._read(loader)
         self._window_data_s += time.perf_counter() - started
         position, total = schedule_position(self.config, self.counters.stage, self.counters.stage_step)
         rate = learning_rate(self.stage.schedule, position, total)
+        bound = highest_loss(self.counters, self.stage.training)
         self.context.watchdog.alive(step=self.counters.step)
-        result = self.engine.train_step(batches, rate, self.context.stop.requested)
+        result = self.engine.train_step(batches, rate, self.context.stop.requested, error is not None, bound)
+        if result.failed:
+            collectives.on_all_ranks(partial(_raise, error))
         self.counters = self.counters.after_step(self.stage)
         self._window_steps += 1
         self.context.watchdog.alive("between steps", self.counters.step)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise GrowthMegatronError(
-                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {self.counters.step}; "
-                "nothing was saved of it. Lower "
-                "schedule.learning_rate or lengthen schedule.warmup_steps and give the command again: it goes on from "
-                "the last checkpoint"
-            )
+        if result.taken:
+            self.counters, self._skipped_in_a_row = self.counters.with_loss(result.loss), 0
+        else:
+            self._not_taken(result, bound)
+            if self._rollback:
+                return False
         if self._due(self.config.logging.interval_steps):
             self._report(result.loss, result.grad_norm, rate)
         else:
@@ -156,6 +168,32 @@ class StageLoop:
         if self._due(self.config.checkpoint.interval_steps) and not last:
             self._save(self.config.checkpoint.async_save)
         return result.stop_requested
+
+    def _read(self, loader: BatchLoader) -> tuple[list[Batch], Exception | None]:
+        """The step's micro-batches; where they cannot be read, others, that no rank wait for this one, and why."""
+        try:
+            return [_to_device(batch) for batch in loader.micro_batches(self.counters.next_sample)], None
+        except Exception as error:  # raised on all ranks after the step
+            shape = self.stage.training.micro_batch_size, self.stage.model.sequence_length
+            ids = torch.zeros(shape, dtype=torch.int64)
+            blank = _to_device({"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.zeros(shape)})
+            return [blank] * loader.num_micro_batches, error
+
+    def _not_taken(self, result: StepResult, bound: float) -> None:
+        """Do as ``training.on_non_finite`` says; the counters are those after the step."""
+        training, step = self.stage.training, self.counters.step
+        what = fault(result.loss, result.grad_norm, bound)
+        self._skipped_in_a_row += 1
+        if training.on_non_finite == "rollback":
+            self._rollback = RollBack(f"{what} at step {step}", self.counters.next_sample)
+        elif training.on_non_finite == "stop":
+            raise stopping(what, step)
+        elif self._skipped_in_a_row > training.non_finite_limit:
+            raise stopping(f"{self._skipped_in_a_row} steps in a row could not be taken: {what}", step)
+        else:
+            self.counters = dataclasses.replace(self.counters, skipped_steps=self.counters.skipped_steps + 1)
+            message = f"{what}: the update was left out ({self.counters.skipped_steps} so far)"
+            self.context.metrics.log("event", step=step, event="skip", message=message)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.counters.step % interval == 0
@@ -197,13 +235,39 @@ class StageLoop:
     def _restart_window(self) -> None:
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """A checkpoint that cannot be written ends the run, and what there is of it is removed.
+
+        What fails on one rank alone ends the others by their launcher: they may be in a collective.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if isinstance(error, RuntimeError) and _TORCH_CANNOT_WRITE not in str(error):
+                raise  # such as a rank that is gone
+            if collectives.rank() == 0:
+                self.context.directory.discard(step)
+            causes = [failure for failure, _ in getattr(error, "failures", {}).values()]
+            cause = causes[0] if causes else error
+            raise GrowthMegatronError(f"no checkpoint of step {step}: {cause}; mend that and {AGAIN}") from error
+
     def _save(self, in_background: bool) -> None:
         self.context.watchdog.alive("saving", self.counters.step)
         self._commit_pending(wait=True)
         started = time.perf_counter()
         directory, step = self.context.directory, self.counters.step
-        folder: Path = collectives.on_rank_zero(lambda: directory.begin(step))
-        with self.engine.gathered_parameters():
+        if collectives.any_rank(not self.engine.is_finite()):
+            what = f"weights or Adam's moments are not finite after step {step}"
+            if self.stage.training.on_non_finite != "rollback":
+                raise GrowthMegatronError(
+                    f"{what}: they were not saved, and what was saved is finite. Re-run the command, which goes on "
+                    "from there, with a lower schedule.learning_rate or with training.on_non_finite=rollback"
+                )
+            self._rollback = RollBack(what, self.counters.next_sample)
+            return
+        with self._writing(step), self.engine.gathered_parameters():
+            folder: Path = collectives.on_rank_zero(lambda: directory.begin(step))
             save = start_save(folder, self.engine.models, self.engine.optimizer)
         blocking_s = time.perf_counter() - started
         self._pending = _Pending(folder, self._manifest(), save, started, blocking_s, in_background)
@@ -218,27 +282,20 @@ class StageLoop:
         if pending is None or (not wait and collectives.any_rank(not pending.save.is_written())):
             return
         self._pending = None
-        directory, settings = self.context.directory, self.config.checkpoint
-        commit_started = time.perf_counter()
+        step, commit_started = pending.manifest.step, time.perf_counter()
         try:
-            checksums = pending.save.finish()
-        except CheckpointError as error:
-            collectives.on_rank_zero(partial(directory.abandon, pending.folder))
+            with self._writing(step):
+                checksums = pending.save.finish()
+                path, size_bytes = collectives.on_rank_zero(partial(self._commit, pending, checksums))
+        except CheckpointError as error:  # of all ranks alike
+            collectives.on_rank_zero(partial(self.context.directory.discard, step))
+            message = f"no checkpoint of step {step}: {error}"
             if not pending.in_background:
-                raise
-            message = f"no checkpoint of step {pending.manifest.step}: {error}; training goes on to the next save"
+                raise GrowthMegatronError(message) from error
+            message += "; training goes on to the next save"
             self.context.metrics.log("event", step=self.counters.step, event="save_failed", message=message)
             self._saved_step = -1
             return
-
-        def commit() -> tuple[Path, int]:
-            # Files of no rank in particular are checksummed here.
-            (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
-            path = directory.commit(pending.manifest, checksums=checksums)
-            directory.apply_retention(settings.keep_last, settings.keep_every_steps)
-            return path, sum(file.stat().st_size for file in path.iterdir())
-
-        path, size_bytes = collectives.on_rank_zero(commit)
         ended = time.perf_counter()
         self.context.metrics.log(
             "checkpoint",
@@ -248,6 +305,18 @@ class StageLoop:
             blocking_seconds=pending.blocking_s + ended - commit_started,
             bytes=size_bytes,
         )
+
+    def _commit(self, pending: _Pending, checksums: dict[str, FileEntry]) -> tuple[Path, int]:
+        """On rank 0: the checkpoint's folder and its size in bytes. Files of no rank in particular are summed here."""
+        directory, settings = self.context.directory, self.config.checkpoint
+        try:
+            (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
+            path = directory.commit(pending.manifest, checksums=checksums)
+        except OSError as error:
+            where = error.filename or pending.folder
+            raise CheckpointError(f"cannot write {where}: {error.strerror}; mend that and {AGAIN}") from error
+        directory.apply_retention(settings.keep_last, settings.keep_every_steps)
+        return path, sum(file.stat().st_size for file in path.iterdir())
 
     def _manifest(self) -> Manifest:
         return Manifest(
@@ -282,6 +351,11 @@ class StageLoop:
 
     def _stop_message(self) -> str:
         return f"stopped early on request at step {self.counters.step}; re-run the same command to resume"
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _to_device(batch: Batch) -> Batch:

@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 from typing_extensions import Self, override
 
 from growth_megatron.config.schema import LoggingConfig
-from growth_megatron.errors import DataError
+from growth_megatron.errors import DataError, GrowthMegatronError
 from growth_megatron.train.console import Console, open_console
 from growth_megatron.train.trackers import Tracker, open_trackers
 
@@ -165,10 +165,17 @@ class MetricsLogger:
             tracker.close()
 
     def _emit(self, record: dict[str, Any]) -> None:
-        if self._file is None:
-            self._file = _open_for_append(self.path)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._file = _open_for_append(self.path)
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._file = None  # closing it would write again
+            raise GrowthMegatronError(
+                f"{self.path} cannot be written ({error.strerror}); make room there and re-run the same command: it "
+                "goes on from the last checkpoint"
+            ) from error
         self._console.record(record)
         for tracker in list(self._trackers):
             try:
@@ -195,24 +202,30 @@ def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
     return list(_records(path))
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+def _records(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The records; the numbers of lines that hold none go onto ``damaged``, without it they are an error."""
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+            if not isinstance(record["kind"], str) or not isinstance(record.get("step"), int | None):
+                raise ValueError(record)
+        except (ValueError, TypeError, KeyError, RecursionError):  # also bytes that are not UTF-8
             if number == len(lines):  # no newline behind it: the write was cut short
                 return
+            if damaged is not None:
+                damaged.append(number)
+                continue
             raise DataError(f"{path}:{number}: not a JSON object; the file was damaged, remove that line") from None
         yield record
 
 
 def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any]]:
-    """Records up to ``step``; one without a step belongs to what precedes it."""
-    keep = True
-    for record in _records(path):
+    """Records up to ``step``; one without a step belongs to what precedes it. Damage stops no run that can go on."""
+    keep, damaged = True, list[int]()
+    for record in _records(path, damaged):
         at = record.get("step")
         if at is not None:
             keep = at <= step and (keep or at < step)
@@ -221,6 +234,8 @@ def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any
         # A checkpoint written in the background is recorded behind later steps.
         if keep or (record["kind"] == "checkpoint" and at is not None and at <= step):
             yield record
+    if damaged:
+        _LOG.warning("%s: dropped %d damaged line(s), the first was line %d", path, len(damaged), damaged[0])
 
 
 def _open_for_append(path: Path) -> IO[str]:

@@ -3,17 +3,20 @@
 Owns: the walk over the stages, the growth between two of them as the run sees it.
 Does not own: what a resumed run checks (``train.resume``), steps within a stage (``train.loop``), ``growth`` itself.
 
-The state of a run is its newest valid checkpoint and nothing else. Every turn of the walk looks at that checkpoint: in
+The state of a run is its newest valid checkpoint, and which samples are passed over from there (after a rollback, which
+metrics.jsonl records). Every turn of the walk looks at that checkpoint: in
 the middle of a stage it goes on training, at a stage's end it grows, at the run's end it is done. So a run killed
 anywhere resumes when the same command is re-run, and growing mid-run takes the very path of resuming.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,18 @@ from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import RunConfig
 from growth_megatron.config.units import format_bytes
-from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
+from growth_megatron.data.contents import check_contents
+from growth_megatron.data.dataset import InVocabulary, build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
-from growth_megatron.errors import EXIT_FAULT, EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
+from growth_megatron.errors import (
+    EXIT_FAULT,
+    EXIT_NEXT_LAYOUT,
+    EXIT_OK,
+    EXIT_STOPPED_EARLY,
+    CheckpointError,
+    GrowthMegatronError,
+)
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
 from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.operators import choose
@@ -45,6 +56,7 @@ from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Engine
+from growth_megatron.train.health import RollBack
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
@@ -70,6 +82,7 @@ def train(loaded: LoadedConfig) -> int:
     started = process_groups.start()
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()
+    watchdog: Watchdog | None = None
     try:
         choice = collectives.on_rank_zero(lambda: open_run(directory, loaded))
         if choice.path is not None and not contents_are_sound(choice):
@@ -82,7 +95,6 @@ def train(loaded: LoadedConfig) -> int:
         context = _context(loaded, directory, metrics, stop, watchdog, world_size)
         _rewind(context, choice)
         code = _walk(context, choice)
-        watchdog.close()
         stop.finish()
         return code
     except RuntimeError:
@@ -91,6 +103,8 @@ def train(loaded: LoadedConfig) -> int:
             return EXIT_FAULT  # another rank is gone, and the launcher names it
         raise
     finally:
+        if watchdog is not None:
+            watchdog.close()
         metrics.close()
         if started:
             process_groups.stop()
@@ -110,9 +124,10 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
     config = context.loaded.config
     growth: GrowthResult | None = None
     before: tuple[int, int] | None = None
+    rollbacks: Counter[int] = Counter()
     while True:
         manifest = choice.manifest
-        counters = Counters.of_manifest(manifest) if manifest else Counters()
+        counters = _counters(context, manifest)
         if before is not None and (counters.stage, counters.stage_step) <= before:
             raise CheckpointError(
                 f"the checkpoint just written is not to be seen: the newest valid one is {choice.path}. Does the file "
@@ -128,13 +143,56 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
             wanted = required_world_size(config, counters.stage, context.world_size)
             if wanted != context.world_size:
                 return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
-            if not _train_stage(context, choice, counters, growth):
-                return EXIT_STOPPED_EARLY
+            ended = _train_stage(context, choice, counters, growth)
             growth = None
+            if isinstance(ended, RollBack):
+                choice, before = _roll_back(context, ended, rollbacks, counters.stage), None
+                continue
+            if not ended:
+                return EXIT_STOPPED_EARLY
         choice = collectives.on_rank_zero(lambda: context.directory.choose_resume("must"))
 
 
-def _train_stage(context: RunContext, choice: ResumeChoice, counters: Counters, growth: GrowthResult | None) -> bool:
+def _counters(context: RunContext, manifest: Manifest | None) -> Counters:
+    """Where the run stands: as its checkpoint says, past the samples that a rollback to it passes over."""
+    counters = Counters.of_manifest(manifest) if manifest else Counters()
+    records = collectives.on_rank_zero(partial(_recorded, context.directory.path, "event", counters.step))
+    skipped = [record["skipped_samples"] for record in records if record["event"] == "rollback"]
+    return dataclasses.replace(counters, skipped_samples=max([counters.skipped_samples, *skipped]))
+
+
+def _roll_back(context: RunContext, order: RollBack, rollbacks: Counter[int], stage: int) -> ResumeChoice:
+    """The checkpoint to go on from, which is put on record together with the samples to pass over.
+
+    Raises: GrowthMegatronError if it was gone back to too often.
+    """
+    resume = context.loaded.config.checkpoint.resume
+    mode = "must" if context.directory.checkpoints() else "auto" if resume == "never" else resume
+    choice = collectives.on_rank_zero(lambda: context.directory.choose_resume(mode))
+    start = Counters.of_manifest(choice.manifest) if choice.manifest else Counters()
+    rollbacks[start.step] += 1
+    if rollbacks[start.step] > context.loaded.config.stages[stage].training.non_finite_limit:
+        raise GrowthMegatronError(
+            f"{order.reason}, after {rollbacks[start.step] - 1} rollbacks to step {start.step}, and other samples did "
+            "not help. Give the command again with a lower schedule.learning_rate, or a higher "
+            "training.non_finite_limit: it goes on from there"
+        )
+    _rewind(context, choice)
+    skipped = order.next_sample - start.consumed_samples
+    context.metrics.log(
+        "event",
+        step=start.step,
+        event="rollback",
+        message=f"{order.reason}: back to {choice.path or 'the start'}, on from sample {order.next_sample:,} "
+        f"({skipped:,} passed over)",
+        skipped_samples=skipped,
+    )
+    return choice
+
+
+def _train_stage(
+    context: RunContext, choice: ResumeChoice, counters: Counters, growth: GrowthResult | None
+) -> bool | RollBack:
     """Build the stage at its layout, load it and train it. False if stopped early."""
     config, stage = context.loaded.config, context.loaded.config.stages[counters.stage]
     process_groups.set_layout(stage.parallel, config.run.seed)
@@ -214,9 +272,9 @@ def _record_growth(
     """The validation loss just after a growth, which goes into the metrics with all else of it, once."""
     record = manifest.lineage[-1]
     if growth is None:  # this process began here: an earlier one may have come further
-        known = collectives.on_rank_zero(partial(_recorded_growth, context.directory.path, manifest.step))
-        if known is not None:
-            after: float | None = known["validation_loss_after"]
+        known = collectives.on_rank_zero(partial(_recorded, context.directory.path, "growth", manifest.step))
+        if known:
+            after: float | None = known[0]["validation_loss_after"]
             return after
     after = loop.validate()
     context.metrics.log(
@@ -236,9 +294,9 @@ def _record_growth(
     return after
 
 
-def _recorded_growth(directory: Path, step: int) -> dict[str, Any] | None:
+def _recorded(directory: Path, kind: str, step: int) -> list[dict[str, Any]]:
     records = read_metrics(directory) if (directory / FILE_NAME).exists() else []
-    return next((line for line in records if line["kind"] == "growth" and line["step"] == step), None)
+    return [line for line in records if line["kind"] == kind and line.get("step") == step]
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:
@@ -265,19 +323,23 @@ def _context(
     cache = Path(config.data.cache_directory or directory.path / "data_cache")
     model = config.stages[0].model
     collectives.on_all_ranks(lambda: check_data(config.data, model.vocab_size))
+    own = (*config.data.train, *config.data.validation)[collectives.rank() :: world_size]  # shared among the ranks
+    collectives.on_all_ranks(lambda: check_contents(own, model.vocab_size, cache))
+    train_data = collectives.on_all_ranks(
+        lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
+    )
+    validation = collectives.on_all_ranks(
+        lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
+    )
     return RunContext(
         loaded,
         directory,
         metrics,
         stop,
         watchdog,
-        collectives.on_all_ranks(
-            lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
-        ),
-        collectives.on_all_ranks(
-            lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
-        ),
-        collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed)),
+        InVocabulary(train_data, model.vocab_size),
+        InVocabulary(validation, model.vocab_size) if validation is not None else None,
+        collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed, cache)),
         world_size,
     )
 

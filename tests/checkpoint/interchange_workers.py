@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from growth_megatron.train.health import RollBack
 from growth_megatron.train.loop import StageLoop
 
 FIRST_VALIDATION = "first_validation.json"
@@ -22,7 +23,7 @@ def train_after_validation(runs: list[dict[str, Any]]) -> list[int]:
 
     real = StageLoop.run
 
-    def run(self: StageLoop) -> bool:
+    def run(self: StageLoop) -> bool | RollBack:
         loss, data = self.validate(), self.context.validation_data
         assert data is not None
         samples = [{name: data[i][name].tolist() for name in ("tokens", "labels")} for i in range(len(data))]

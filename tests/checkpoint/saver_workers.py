@@ -76,6 +76,7 @@ def saves_with_a_full_disk_on_rank_one(directory: str) -> list[str]:
 def train_with_a_failing_save(config: str, overrides: list[str], failing: int) -> str:
     """Train with the ``failing``-th data file of this rank refused by the disk; the exit code, or the error's text."""
     from growth_megatron.checkpoint.torch_dist import data_files
+    from growth_megatron.errors import GrowthMegatronError
     from growth_megatron.growth.configuration import load_config
     from growth_megatron.train.stages import train
 
@@ -91,7 +92,7 @@ def train_with_a_failing_save(config: str, overrides: list[str], failing: int) -
     data_files.DataFile._write_out = fail  # type: ignore[method-assign]
     try:
         return str(train(load_config(config, overrides)))
-    except CheckpointError as error:
+    except GrowthMegatronError as error:
         return str(error)
 
 

@@ -42,6 +42,10 @@ WRONG = {
     "fraction for an integer": ("steps: 20", "steps: 2.5", "19: training.steps", "a number with a fractional part"),
     "zero": ("steps: 20", "steps: 0", "19: training.steps", "is 0; should be greater than or equal to 1"),
     "negative": ("learning_rate: 1e-3", "learning_rate: -1e-3", "17: schedule.learning_rate", "be greater than 0"),
+    "beyond float32": (
+        "learning_rate: 1e-3", "learning_rate: 1e39", "17: schedule.learning_rate", "or equal to 1000000",
+    ),
+    "seed beyond 63 bits": ("seed: 7", f"seed: {2**63}", "3: run.seed", f"less than {2**63}"),
     "infinite": ("learning_rate: 1e-3", "learning_rate: .inf", "17: schedule.learning_rate", "a finite number"),
     "true for a number": ("num_layers: 4", "num_layers: true", "5: model.num_layers", "must be a number, not true"),
     "number for text": ("- name: base", "- name: 12", "23: stages.0.name", "put it in quotes: '12'"),

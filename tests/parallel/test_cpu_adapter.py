@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.pool import ROOT, environment
+from tests.ranks import run_ranks
 
 UNCHANGED_UNDER_CUDA = """
 import torch
@@ -50,3 +52,10 @@ def test_the_adapter_touches_what_it_should(script: str) -> None:
         [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_gradients_norm_is_right_at_67_million_elements_and_the_same_however_they_are_spread() -> None:
+    exact = torch.linalg.vector_norm(torch.full((67_000_000,), 1.3e-3), dtype=torch.float64).item()
+    whole = run_ranks("tests.parallel.norm_workers:norm_of_constants", 1, {"elements": 67_000_000})
+    spread = run_ranks("tests.parallel.norm_workers:norm_of_constants", 2, {"elements": 67_000_000})
+    assert [*whole, *spread] == pytest.approx([exact] * 3, rel=1e-6)

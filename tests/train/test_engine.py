@@ -81,7 +81,7 @@ def test_every_layout_gives_the_losses_of_the_single_process(
             assert result[number]["losses"] == per_rank[0][number]["losses"], f"{case}: ranks report different losses"
         assert _difference(per_rank[0][number], alone[reference]) <= tolerance, case
         if case.get("precision") != "bf16":
-            assert per_rank[0][number]["norms"] == pytest.approx(alone[reference]["norms"], rel=1e-5), case
+            assert per_rank[0][number]["norms"] == pytest.approx(alone[reference]["norms"], rel=1e-6), case
 
 
 def test_neither_recomputation_nor_deterministic_algorithms_change_the_losses(alone: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 
 from growth_megatron.config.schema import LoggingConfig, WandbConfig
 from growth_megatron.config.units import count, duration
-from growth_megatron.errors import ConfigError, DataError
+from growth_megatron.errors import ConfigError, DataError, GrowthMegatronError
 from growth_megatron.train import trackers
 from growth_megatron.train.console import LineConsole, LiveConsole, Position, event_line
 from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
@@ -128,10 +128,24 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_later_lines_are_whole(tmp_pa
     assert steps(tmp_path) == [("train", 1), ("train", 2)]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "event"}\nrubbish\n{"kind": "event"}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object"):
-        read_metrics(tmp_path)
+@pytest.mark.parametrize(
+    "line", [b"rubbish", b'{"kind": "\xff"}', b"3", b"{}", b'{"kind": "train", "step": "x"}', b"[" * 100_000]
+)
+def test_a_damaged_line_is_named_and_a_resumed_run_goes_on_without_it(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+        logger.log("train", **train_fields(1))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+        logger.log("train", **train_fields(2))
+        with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object"):
+            read_metrics(tmp_path)
+        logger.rewind(1)
+        logger.log("train", **train_fields(2))
+    assert steps(tmp_path) == [("train", 1), ("train", 2)]
+    assert "dropped 1 damaged line(s), the first was line 2" in caplog.text
 
 
 def test_a_directory_without_metrics_is_named(tmp_path: Path) -> None:
@@ -297,3 +311,14 @@ def test_wandb_is_online_where_a_key_is_known(
     (tmp_path / ".netrc").write_text(netrc)
     (tmp_path / ".netrc").chmod(0o600)
     assert trackers._wandb_mode() == mode
+
+
+def test_metrics_without_room_end_the_run_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger,
+        pytest.raises(
+            GrowthMegatronError, match=r"metrics\.jsonl cannot be written \(No space left on device\); make room"
+        ),
+    ):
+        logger.log("train", **train_fields(1))

@@ -282,18 +282,6 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_it_taken(
     assert _losses(run) == _losses(reference)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_saved_of_it(
-    growing_config: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "nan"
-    overrides = [f"run.directory={run}", "checkpoint.keep_last=1"]
-    arguments = {"config": str(growing_config), "overrides": overrides, "step": 4}
-    message = run_ranks("tests.workers:train_into_nan", 1, arguments)[0]
-    assert "the gradient norm nan at step 4" in message
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002"]
-    assert _run(growing_config, f"run.directory={run}").code == 0
-
-
 def test_a_stages_model_and_optimizer_are_gone_when_the_next_stage_is_built() -> None:
     assert run_ranks("tests.workers:what_outlives_an_engine", 2, {"layout": {}}) == [[], []]
     unclosed = run_ranks("tests.workers:what_outlives_an_engine", 1, {"layout": {}, "close": False})[0]

@@ -85,6 +85,10 @@ class Manifest(_Strict):
     consumed_samples: NonNegativeInt
     consumed_tokens: NonNegativeInt
     flops: NonNegativeFloat = Field(description="cumulative over the run")
+    skipped_samples: NonNegativeInt = Field(0, description="of the stream, passed over by rollbacks, never trained on")
+    skipped_steps: NonNegativeInt = Field(0, description="steps whose update was left out")
+    loss_mean: float = Field(0.0, description="running mean of the stage's losses, which tells a spike")
+    loss_deviation: float = Field(0.0, description="running mean of their distance from it")
     geometry: ModelConfig
     layout: ParallelConfig = Field(description="the layout it was saved at; any other can load it")
     world_size: NonNegativeInt

@@ -10,6 +10,7 @@ At a stage boundary a step has two checkpoints: what the stage ended with, ``ste
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from growth_megatron.checkpoint.folder.commit import (
     commit_folder,
     recover_folder,
     remove_folder,
+    temporary_path,
 )
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, read_manifest, validate_checkpoint
@@ -101,9 +103,9 @@ class RunDirectory:
         self.point_latest(final)
         return final
 
-    def abandon(self, folder: Path) -> None:
-        """Remove what was written into ``folder`` of ``begin``: it will not be a checkpoint."""
-        self._files.remove_tree(folder)
+    def discard(self, step: int) -> None:
+        """Remove what was written since ``begin(step)``, as far as it can be."""
+        shutil.rmtree(temporary_path(self.checkpoint_path(step)), ignore_errors=True)
 
     def point_latest(self, checkpoint: Path) -> None:
         """Let ``RUN/latest`` name a committed checkpoint. It is for people; nothing is decided by it."""
