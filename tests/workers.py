@@ -306,3 +306,19 @@ def helper_processes_after_a_save(directory: str) -> int:
     save_at({}, directory, {"num_layers": 2}, steps=1)
     children = psutil.Process().children(recursive=True)
     return sum("spawn_main" in " ".join(child.cmdline()) for child in children)
+
+
+def run_mains(commands: list[list[str]]) -> list[list[Any]]:
+    """Exit code and all that was printed by each of ``commands``, one after the other in this process."""
+    import contextlib
+    import io
+
+    from growth_megatron.__main__ import main
+
+    outcomes: list[list[Any]] = []
+    for command in commands:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main(command)
+        outcomes.append([code, printed.getvalue()])
+    return outcomes

@@ -27,9 +27,11 @@ def fix_megatron() -> None:
     if _fixed:
         return
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
     from megatron.core.optimizer import distrib_optimizer
 
     _report_writes_by_file(filesystem_async)
+    _load_objects_as_data(MCoreLoadPlanner)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         optimizer_class = distrib_optimizer.DistributedOptimizer
         _allocate_state_before_state_dict(optimizer_class)
@@ -66,6 +68,20 @@ def _report_writes_by_file(writer_module: Any) -> None:
     leaves it behind for ever. Can go when ``filesystem_async`` needs no process to pass on the results of a write.
     """
     writer_module._results_queue = _WriteResults()
+
+
+def _load_objects_as_data(planner_class: Any) -> None:
+    """``load_bytes`` unpickles a checkpoint's byte objects (``_extra_state``) freely, so they can run any code.
+
+    Can go when torch's ``DefaultLoadPlanner.load_bytes`` loads with ``weights_only=True``.
+    """
+    from torch.distributed.checkpoint._nested_dict import set_element
+
+    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
+
+    planner_class.load_bytes = load_bytes
 
 
 def allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:

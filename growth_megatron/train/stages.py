@@ -32,7 +32,7 @@ from growth_megatron.config.units import format_bytes
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
 from growth_megatron.data.prepared import check_data
-from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError
+from growth_megatron.errors import EXIT_NEXT_LAYOUT, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError, DamagedError
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
 from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.operators import choose
@@ -46,7 +46,7 @@ from growth_megatron.train.engine import Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.resilience import StopRequest, Watchdog, open_rank_log
-from growth_megatron.train.resume import NEXT_LAYOUT_NAME, contents_are_sound, open_run
+from growth_megatron.train.resume import NEXT_LAYOUT_NAME, find_start
 
 
 def train(loaded: LoadedConfig) -> int:
@@ -65,9 +65,7 @@ def train(loaded: LoadedConfig) -> int:
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()
     try:
-        choice = collectives.on_rank_zero(lambda: open_run(directory, loaded))
-        if choice.path is not None and not contents_are_sound(choice):
-            choice = collectives.on_rank_zero(lambda: open_run(directory, loaded, full=True))
+        choice = find_start(directory, loaded)
         log = open_rank_log(directory.path, rank)
         watchdog = Watchdog(log)
         watchdog.alive()
@@ -112,15 +110,22 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
         if counters.ends_run(config):
             context.metrics.log("event", step=counters.step, event="done", message=_done_message(context, counters))
             return EXIT_OK
-        if manifest is not None and counters.ends_stage(config):
-            growth = _grow(context, choice, manifest)
-        else:
-            wanted = required_world_size(config, counters.stage, context.world_size)
-            if wanted != context.world_size:
-                return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
-            if not _train_stage(context, choice, counters, growth):
-                return EXIT_STOPPED_EARLY
-            growth = None
+        try:
+            if manifest is not None and counters.ends_stage(config):
+                growth = _grow(context, choice, manifest)
+            else:
+                wanted = required_world_size(config, counters.stage, context.world_size)
+                if wanted != context.world_size:
+                    return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
+                if not _train_stage(context, choice, counters, growth):
+                    return EXIT_STOPPED_EARLY
+                growth = None
+        except DamagedError as error:
+            assert choice.path is not None
+            context.directory.refuse(choice.path, str(error))
+            choice, growth, before = find_start(context.directory, context.loaded), None, None
+            _rewind(context, choice)
+            continue
         choice = collectives.on_rank_zero(lambda: context.directory.choose_resume("must"))
 
 
@@ -134,7 +139,11 @@ def _train_stage(context: RunContext, choice: ResumeChoice, counters: Counters, 
         engine.finish()
     else:
         engine.finish()
-        load_into_model(choice.path, engine.models, engine.optimizer)
+        try:
+            load_into_model(choice.path, engine.models, engine.optimizer)
+        except DamagedError:
+            engine.close()
+            raise
     context.metrics.log("event", step=counters.step, event="stage", message=_stage_message(context, counters, choice))
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)

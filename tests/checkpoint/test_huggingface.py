@@ -214,7 +214,7 @@ def test_an_index_with_missing_or_foreign_files_is_refused(tmp_path: Path) -> No
         HuggingFaceCheckpoint(tmp_path)
     (tmp_path / lost).write_bytes(content)
     edit_json(tmp_path / INDEX_NAME, weight_map={**index["weight_map"], "model.norm.weight": "../elsewhere"})
-    with pytest.raises(CheckpointError, match="outside of its folder; do not trust it"):
+    with pytest.raises(CheckpointError, match="names '../elsewhere', outside of its folder; do not trust it"):
         HuggingFaceCheckpoint(tmp_path)
     other = next(place for place in index["weight_map"].values() if place != lost)
     edit_json(tmp_path / INDEX_NAME, weight_map={**index["weight_map"], "model.norm.weight": other})

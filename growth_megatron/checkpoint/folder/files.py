@@ -1,6 +1,7 @@
-"""The file operations of checkpoint commits, in one place.
+"""The file operations of checkpoint commits, in one place, and which names files may have.
 
-Owns: every call that changes the file system on the way to a committed checkpoint, each made durable where it says so.
+Owns: every call that changes the file system on the way to a committed checkpoint, each made durable where it says so;
+the rule that a name which a file gives lies within its folder.
 Does not own: their order (``checkpoint.folder.commit``). Tests pass a subclass that dies at a chosen call.
 """
 
@@ -9,12 +10,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PARTIAL_SUFFIX = ".partial"
 """Ending of a file that is being written and takes its name by a rename."""
 
 _CANNOT_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
+
+
+def inside(name: str) -> str:
+    """``name`` as it is, if it is relative and within the folder that it counts from.
+
+    Every name that is read out of a file goes through here. Raises: ValueError.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"it names {name!r}, outside of its folder; do not trust it")
+    return name
 
 
 class FileOperations:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from growth_megatron.checkpoint.folder.files import inside
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, geometry_of_config, read_config
 from growth_megatron.checkpoint.huggingface.layout import EMBEDDING, OUTPUT, huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
@@ -176,12 +177,9 @@ def _read_index(path: Path) -> dict[str, str]:
         places = json.loads(path.read_bytes())["weight_map"]
         if not all(isinstance(place, str) for place in places.values()):
             raise TypeError("weight_map holds something other than file names")
+        return {name: inside(place) for name, place in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index of safetensors files ({error}); fetch it again") from None
-    for place in places.values():
-        if Path(place).name != place:
-            raise CheckpointError(f"{path} names {place}, outside of its folder; do not trust it")
-    return dict(places)
 
 
 def _no_weights(folder: Path) -> CheckpointError:
