@@ -39,13 +39,14 @@ from growth_megatron.parallel.collectives import (
 )
 
 
-def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool) -> None:
+def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool, overwrite: bool = False) -> None:
     """Grow what ``source`` names into the new folder ``target``, and say what is done; on all ranks of torchrun alike.
 
     Args:
         source: a checkpoint, ``RUN/latest``, a run, or a Hugging Face folder (``hf:DIR`` where not clear).
         target: folder of the grown checkpoint; ``hf:DIR`` for a Hugging Face folder.
         materialize: write all data anew where links would do.
+        overwrite: replace ``target`` if it is a checkpoint of this library.
 
     Raises:
         GrowthError: settings that make no growth of this source.
@@ -59,7 +60,7 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool)
         if not weights_only:
             stack.enter_context(_process_group())
         origin = on_all_ranks(lambda: find_origin(source))
-        growth = _checked(origin, request, folder, weights_only, materialize)
+        growth = _checked(origin, request, folder, weights_only, materialize, overwrite)
         if first:
             lines = [f"passed over: {item.path}: {item.reason}" for item in origin.skipped]
             print("\n".join([*lines, *render_forecast(growth, forecast(growth))]), flush=True)
@@ -70,21 +71,32 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool)
             if weights_only:
                 lines = _to_huggingface(growth, folder, progress)
             else:
-                lines = _done_lines(carry_out(growth, folder, stage=0, progress=progress if first else None), origin)
+                lines = _done_lines(
+                    carry_out(growth, folder, stage=0, overwrite=overwrite, progress=progress if first else None),
+                    origin,
+                )
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error} ({error.filename})") from None
     if first:
         print("\n".join(lines))
 
 
-def plan_grow(source: str, target: str | None, request: GrowthRequest, *, materialize: bool, as_json: bool) -> None:
+def plan_grow(
+    source: str,
+    target: str | None,
+    request: GrowthRequest,
+    *,
+    materialize: bool,
+    as_json: bool,
+    overwrite: bool = False,
+) -> None:
     """Say what a growth would do, from the source's metadata alone: no tensor is read, nothing is written.
 
     Raises: as ``grow``; where the disk is too small, after all has been said.
     """
     folder, weights_only = _folder(target) if target is not None else (None, False)
     origin = find_origin(source, metadata_alone=True)
-    growth = _checked(origin, request, folder, weights_only, materialize, metadata_alone=True)
+    growth = _checked(origin, request, folder, weights_only, materialize, overwrite, metadata_alone=True)
     figures = forecast(growth)
     if rank_from_environment() == 0:
         if as_json:
@@ -106,6 +118,7 @@ def _checked(
     folder: Path | None,
     weights_only: bool,
     materialize: bool,
+    overwrite: bool,
     metadata_alone: bool = False,
 ) -> CheckedGrowth:
     target, growth = request.resolve(origin.geometry)
@@ -114,7 +127,7 @@ def _checked(
     policy = "reset" if weights_only else choose(growth).state_policy
     plan = plan_growth(origin.geometry, target, growth, request.seed)
     if folder is not None:
-        on_rank_zero(lambda: check_new(folder, origin.path))
+        on_rank_zero(lambda: check_new(folder, origin.path, None if weights_only else overwrite))
     return check_growth(
         origin,
         plan,

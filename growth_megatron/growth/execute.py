@@ -50,6 +50,7 @@ def grow_checkpoint(
     stage: int | None = None,
     config_hash: str | None = None,
     materialize: bool = False,
+    overwrite: bool = False,
     files: FileOperations | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GrowthResult:
@@ -59,6 +60,7 @@ def grow_checkpoint(
         source: a checkpoint of this library, or what ``find_origin`` found.
         optimizer_state: ``reset``, ``carry`` or ``asymmetric``.
         materialize: write all data anew, also where links to the source's files would do.
+        overwrite: whether a checkpoint at ``target`` may be replaced.
 
     Raises, alike on all ranks:
         CheckpointError: the source is not whole, ``target`` exists, no space.
@@ -66,7 +68,9 @@ def grow_checkpoint(
     """
     origin = source if isinstance(source, Origin) else on_all_ranks(lambda: checkpoint_origin(source))
     growth = check_growth(origin, plan, optimizer_state, target, materialize=materialize)
-    return carry_out(growth, target, stage=stage, config_hash=config_hash, files=files, progress=progress)
+    return carry_out(
+        growth, target, stage=stage, config_hash=config_hash, overwrite=overwrite, files=files, progress=progress
+    )
 
 
 def carry_out(
@@ -75,6 +79,7 @@ def carry_out(
     *,
     stage: int | None = None,
     config_hash: str | None = None,
+    overwrite: bool = False,
     files: FileOperations | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GrowthResult:
@@ -85,6 +90,7 @@ def carry_out(
     Args:
         stage: index of the stage that goes on from the target; default: the one after the source's.
         config_hash: of the configuration the growth is part of; default: the source's.
+        overwrite: whether a checkpoint at ``target`` may be replaced.
         progress: called with the bytes done and in all, where data are written.
 
     Raises, alike on all ranks:
@@ -97,7 +103,7 @@ def carry_out(
     manifest = grown_manifest(origin, plan, policy, stage, config_hash)
     common = on_all_ranks(lambda: grown_common(origin, manifest, policy))
     if growth.can_link:
-        linked = on_rank_zero(lambda: _link(growth, target, manifest, common, files))
+        linked = on_rank_zero(lambda: _link(growth, target, manifest, common, files, overwrite))
         costs = dataclasses.asdict(linked) | {"manifest": linked.manifest}
         return GrowthResult(target, seconds=time.perf_counter() - started, **costs)
     written = write_checkpoint(
@@ -109,6 +115,7 @@ def carry_out(
         extra_files=on_all_ranks(lambda: {name: (origin.path / name).read_bytes() for name in origin.extra_files()}),
         fingerprint=job_fingerprint(manifest),
         writers=WRITERS,
+        overwrite=overwrite,
         files=files,
         progress=progress,
     )
@@ -122,9 +129,14 @@ def carry_out(
 
 
 def _link(
-    growth: CheckedGrowth, target: Path, manifest: Manifest, common: Mapping[str, Any], files: FileOperations
+    growth: CheckedGrowth,
+    target: Path,
+    manifest: Manifest,
+    common: Mapping[str, Any],
+    files: FileOperations,
+    overwrite: bool,
 ) -> Linked:
     assert growth.links is not None
     return link_checkpoint(
-        growth.origin.path, growth.origin.extra_files(), growth.links, target, manifest, common, files
+        growth.origin.path, growth.origin.extra_files(), growth.links, target, manifest, common, files, overwrite
     )

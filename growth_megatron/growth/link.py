@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from growth_megatron.checkpoint.folder.commit import begin_folder, commit_folder
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
-from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, same_file_system
+from growth_megatron.checkpoint.folder.target import check_new, check_room, same_file_system
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME, METADATA_NAME, DistCheckpoint, is_stacked
 from growth_megatron.checkpoint.torch_dist.writer import FORMAT, FORMAT_NAME, saved
 from growth_megatron.errors import CheckpointError
@@ -107,17 +107,19 @@ def link_checkpoint(
     grown: Manifest,
     common: Mapping[str, Any],
     files: FileOperations,
+    overwrite: bool = False,
 ) -> Linked:
     """Write the checkpoint ``target`` over the files of ``source``; atomic, and safe to repeat after a kill.
 
     Args:
         copied: names of small files that go on as they are.
         grown, common: the target's, as ``growth.lineage`` gives them.
+        overwrite: whether a checkpoint at ``target`` may be replaced.
 
     Raises:
         CheckpointError: the target exists, or copying instead of linking has no room.
     """
-    check_replaceable(target)
+    check_new(target, overwrite=overwrite)
     data_bytes = sum(entry.size_bytes for entry in links.data_files.values())
     if not same_file_system(source, target):
         _check_room(source, target, data_bytes)
@@ -130,7 +132,9 @@ def link_checkpoint(
     files.write(folder / FORMAT_NAME, FORMAT)
     files.write(folder / COMMON_NAME, saved(dict(common)))
     files.write(folder / METADATA_NAME, links.metadata)
-    check_replaceable(target)  # again: copying may have taken its time, and the commit replaces what stands there
+    check_new(
+        target, overwrite=overwrite
+    )  # again: copying may have taken its time, and the commit replaces what stands there
     complete = commit_folder(target, grown, files, checksums=links.data_files)
 
     linked = 0 if was_copied else data_bytes

@@ -172,6 +172,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     policy = choose(stage.growth).state_policy
     path = choice.path
     origin = collectives.on_all_ranks(lambda: checkpoint_origin(path, whole=False))  # seen to be when it was chosen
+    collectives.on_rank_zero(lambda: context.directory.make_way(manifest.step, grown=True))  # a damaged one
     with bytes_progress("growing") as progress:
 
         def report(done: int, total: int) -> None:

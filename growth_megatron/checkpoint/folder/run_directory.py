@@ -92,6 +92,11 @@ class RunDirectory:
         """Folder of a step's checkpoint, whether it exists or not."""
         return self.checkpoints_path / str(CheckpointName(step, grown))
 
+    def make_way(self, step: int, grown: bool = False) -> None:
+        """Remove what stands at a step that has no valid checkpoint: the names of a run's checkpoints are its own."""
+        if self.checkpoint_path(step, grown).exists():
+            remove_folder(self.checkpoint_path(step, grown), self._files)
+
     def begin(self, step: int, grown: bool = False) -> Path:
         """Temporary folder, empty, into which the checkpoint of ``step`` is to be written before ``commit``."""
         return begin_folder(self.checkpoint_path(step, grown), self._files)
