@@ -42,7 +42,7 @@ from growth_megatron.checkpoint.torch_dist.writer import FORMAT_NAME
 from growth_megatron.config.load import read_config
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.data.tokenizer import tokenizer_sha256
-from growth_megatron.errors import CheckpointError, GrowthMegatronError, NothingValidError
+from growth_megatron.errors import CheckpointError, DamagedError, GrowthMegatronError, NothingValidError
 from growth_megatron.model.architecture import stateless_objects
 from growth_megatron.model.tensors import MOMENT_PREFIXES, TensorSource, WithFreshOptimizer
 
@@ -245,11 +245,16 @@ def checkpoint_origin(path: Path, skipped: tuple[Skipped, ...] = (), *, whole: b
 
     Raises:
         CheckpointError: its manifest or ``.metadata`` cannot be read, or with ``whole`` a file is missing or cut short.
+        DamagedError: it names data that the manifest does not answer for.
     """
     manifest, identity = read_identified_manifest(path)
     if whole and (reason := file_problem(path, manifest)) is not None:
         raise CheckpointError(f"cannot read {path}: {reason}; growth-megatron verify shows what else is there")
-    return CheckpointOrigin(path, identity, manifest, DistCheckpoint(path), skipped)
+    tensors = DistCheckpoint(path)
+    named = {info.relative_path for info in tensors.metadata.storage_data.values()}
+    if unknown := sorted(named - manifest.files.keys()):
+        raise DamagedError(f"{path}: {METADATA_NAME} names {unknown[0]}, which the manifest has no checksum of")
+    return CheckpointOrigin(path, identity, manifest, tensors, skipped)
 
 
 def huggingface_origin(path: Path) -> HuggingFaceOrigin:

@@ -59,6 +59,7 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of new weights, noise and uneven shares; default: 0")
     parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")
     parser.add_argument("--materialize", action="store_true", help="write all data, also where links would do")
+    parser.add_argument("--verify-source", action="store_true", help="read and sum the files that are linked, too")
     add_overwrite(parser)
 
 
@@ -82,5 +83,5 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         plan_grow(options.source, options.target, request, as_json=options.json, **how)
     else:
-        grow(options.source, options.target, request, **how)
+        grow(options.source, options.target, request, verify_source=options.verify_source, **how)
     return EXIT_OK

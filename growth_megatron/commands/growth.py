@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from growth_megatron.checkpoint.folder.commit import exclusive, temporary_path
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.folder.target import check_new, check_room
 from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
@@ -39,7 +40,15 @@ from growth_megatron.parallel.collectives import (
 )
 
 
-def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool, overwrite: bool = False) -> None:
+def grow(
+    source: str,
+    target: str,
+    request: GrowthRequest,
+    *,
+    materialize: bool,
+    overwrite: bool = False,
+    verify_source: bool = False,
+) -> None:
     """Grow what ``source`` names into the new folder ``target``, and say what is done; on all ranks of torchrun alike.
 
     Args:
@@ -47,6 +56,7 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool,
         target: folder of the grown checkpoint; ``hf:DIR`` for a Hugging Face folder.
         materialize: write all data anew where links would do.
         overwrite: replace ``target`` if it is a checkpoint of this library.
+        verify_source: read and sum the files that are linked, too.
 
     Raises:
         GrowthError: settings that make no growth of this source.
@@ -71,10 +81,15 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool,
             if weights_only:
                 lines = _to_huggingface(growth, folder, progress)
             else:
-                lines = _done_lines(
-                    carry_out(growth, folder, stage=0, overwrite=overwrite, progress=progress if first else None),
-                    origin,
+                result = carry_out(
+                    growth,
+                    folder,
+                    stage=0,
+                    overwrite=overwrite,
+                    verify_source=verify_source,
+                    progress=progress if first else None,
                 )
+                lines = _done_lines(result, origin, verify_source)
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error} ({error.filename})") from None
     if first:
@@ -150,14 +165,16 @@ def _hold(stack: ExitStack, folder: Path) -> None:
 
 def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback) -> list[str]:
     tokenizer, note = growth.origin.tokenizer()
-    result = export_huggingface(
-        GrownSource(growth.origin.tensors, growth.plan, "reset"),
-        growth.plan.target_geometry,
-        folder,
-        dtype=None,
-        tokenizer=tokenizer,
-        progress=progress,
-    )
+    with summed_beside(growth.origin.path, growth.origin.manifest.files) as source_is_sound:
+        result = export_huggingface(
+            GrownSource(growth.origin.tensors, growth.plan, "reset"),
+            growth.plan.target_geometry,
+            folder,
+            dtype=None,
+            tokenizer=tokenizer,
+            progress=progress,
+            source_is_sound=source_is_sound,
+        )
     return [
         f"grew {folder} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written in {len(result.files)} "
         f"files; tokenizer: {note}"
@@ -179,8 +196,9 @@ def _process_group() -> Iterator[None]:
         process_groups.stop()
 
 
-def _done_lines(result: GrowthResult, origin: Origin) -> list[str]:
-    notes = [f"{format_bytes(result.bytes_linked)} linked"] if result.bytes_linked else []
+def _done_lines(result: GrowthResult, origin: Origin, verify_source: bool) -> list[str]:
+    sums = "re-read, as checksummed" if verify_source else "not re-read, --verify-source does; the source's checksums"
+    notes = [f"{format_bytes(result.bytes_linked)} linked ({sums})"] if result.bytes_linked else []
     notes.append(f"{format_bytes(result.bytes_written)} written")
     if result.bytes_copied:
         notes.append(f"{format_bytes(result.bytes_copied)} of them copied data")

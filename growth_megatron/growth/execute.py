@@ -16,6 +16,7 @@ from typing import Any
 
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import Manifest
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.origin import Origin, checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.growth.checked import WRITERS, CheckedGrowth, check_growth
@@ -80,6 +81,7 @@ def carry_out(
     stage: int | None = None,
     config_hash: str | None = None,
     overwrite: bool = False,
+    verify_source: bool = False,
     files: FileOperations | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GrowthResult:
@@ -91,10 +93,12 @@ def carry_out(
         stage: index of the stage that goes on from the target; default: the one after the source's.
         config_hash: of the configuration the growth is part of; default: the source's.
         overwrite: whether a checkpoint at ``target`` may be replaced.
+        verify_source: read and sum the files that are linked, too.
         progress: called with the bytes done and in all, where data are written.
 
     Raises, alike on all ranks:
         CheckpointError: ``target`` exists, no space.
+        DamagedError: what was read of the source does not have its checksums.
         GrowthError: the source holds values that are not finite.
     """
     started = time.perf_counter()
@@ -102,23 +106,28 @@ def carry_out(
     origin, plan, policy = growth.origin, growth.plan, growth.policy
     manifest = grown_manifest(origin, plan, policy, stage, config_hash)
     common = on_all_ranks(lambda: grown_common(origin, manifest, policy))
-    if growth.can_link:
-        linked = on_rank_zero(lambda: _link(growth, target, manifest, common, files, overwrite))
-        costs = dataclasses.asdict(linked) | {"manifest": linked.manifest}
-        return GrowthResult(target, seconds=time.perf_counter() - started, **costs)
-    written = write_checkpoint(
-        GrownSource(origin.training_state(), plan, policy),
-        target,
-        manifest,
-        common,
-        objects=on_all_ranks(lambda: grown_objects(origin, plan.layers or ())),
-        extra_files=on_all_ranks(lambda: {name: (origin.path / name).read_bytes() for name in origin.extra_files()}),
-        fingerprint=job_fingerprint(manifest),
-        writers=WRITERS,
-        overwrite=overwrite,
-        files=files,
-        progress=progress,
-    )
+    with summed_beside(origin.path, growth.summed_files(verify_source)) as source_is_sound:
+        if growth.can_link:
+            source_is_sound()
+            linked = on_rank_zero(lambda: _link(growth, target, manifest, common, files, overwrite))
+            costs = dataclasses.asdict(linked) | {"manifest": linked.manifest}
+            return GrowthResult(target, seconds=time.perf_counter() - started, **costs)
+        written = write_checkpoint(
+            GrownSource(origin.training_state(), plan, policy),
+            target,
+            manifest,
+            common,
+            objects=on_all_ranks(lambda: grown_objects(origin, plan.layers or ())),
+            extra_files=on_all_ranks(
+                lambda: {name: (origin.path / name).read_bytes() for name in origin.extra_files()}
+            ),
+            fingerprint=job_fingerprint(manifest),
+            writers=WRITERS,
+            overwrite=overwrite,
+            files=files,
+            progress=progress,
+            source_is_sound=source_is_sound,
+        )
     return GrowthResult(
         target,
         written.manifest,

@@ -92,11 +92,12 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
     except (GrowthMegatronError, ValueError) as error:  # pydantic's errors are ValueErrors
         yield check("plan", "FAILED", f"the recorded growth cannot be planned again: {_one_line(error)}")
         return
-    origin = _recorded_source(checkpoint, record)
+    origin = _recorded_source(checkpoint, record, full)
     if isinstance(origin, str):
         yield check("growth", "SKIPPED", f"tensors were not compared with the plan's: {origin}")
         return
-    yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}")
+    unsummed = "" if origin.is_of_a_run else " (which has no checksums to compare it with)"
+    yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}{unsummed}")
     target = DistCheckpoint(checkpoint)
     comparisons: tuple[tuple[str, Callable[[], Result]], ...] = (
         ("tensors", lambda: _compare_tensors(origin.tensors, target, plan, record.optimizer_state, full)),
@@ -117,7 +118,7 @@ def _plan(record: GrowthRecord, manifest: Manifest) -> GrowthPlan:
     return plan_of_record(record)
 
 
-def _recorded_source(checkpoint: Path, record: GrowthRecord) -> Origin | str:
+def _recorded_source(checkpoint: Path, record: GrowthRecord, full: bool) -> Origin | str:
     """The source of a growth, or why it cannot be had."""
     recorded = Path(record.source)
     reasons = []
@@ -130,7 +131,7 @@ def _recorded_source(checkpoint: Path, record: GrowthRecord) -> Origin | str:
         except CheckpointError as error:
             reasons.append(f"the source {path} is damaged: {error}")
             continue
-        if (problem := origin.problem()) is not None:
+        if (problem := origin.problem(full)) is not None:
             reasons.append(f"the source {path} is damaged: {problem}")
         elif origin.identity == record.source_manifest_sha256:
             return origin

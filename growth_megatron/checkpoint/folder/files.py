@@ -8,6 +8,7 @@ Does not own: their order (``checkpoint.folder.commit``). Tests pass a subclass 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from pathlib import Path, PurePosixPath
@@ -64,12 +65,16 @@ class FileOperations:
             raise
         return True
 
-    def copy(self, source: Path, target: Path) -> None:
-        """Copy a file's content and flush it to the disk."""
+    def copy(self, source: Path, target: Path) -> str:
+        """Copy a file's content, flush it to the disk and give its SHA-256."""
+        digest = hashlib.sha256()
         with open(source, "rb") as reader, open(target, "wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 22)
+            while block := reader.read(1 << 22):
+                digest.update(block)
+                writer.write(block)
             writer.flush()
             os.fsync(writer.fileno())
+        return digest.hexdigest()
 
     def symlink(self, link: Path, target: str) -> None:
         """Make ``link`` point at ``target``, replacing what it pointed at."""

@@ -40,12 +40,16 @@ def summed_beside(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[Call
                 except OSError as error:
                     raise DamagedError(f"{folder / name} cannot be read: {error.strerror}") from None
                 if not same:
-                    raise DamagedError(
-                        f"{folder / name} does not match its checksum: its content changed after it was saved; restore "
-                        "it, or use another checkpoint"
-                    )
+                    raise changed(folder / name)
 
         try:
             yield lambda: on_all_ranks(check)
         finally:
             stop.set()
+
+
+def changed(path: Path) -> DamagedError:
+    """The error for a file that is not what its checksum says."""
+    return DamagedError(
+        f"{path} does not match its checksum: it changed after it was saved; restore it, or use another checkpoint"
+    )

@@ -108,6 +108,7 @@ def export_huggingface(
     tokenizer: Path | None = None,
     files: FileOperations | None = None,
     progress: Callable[[int, int], None] | None = None,
+    source_is_sound: Callable[[], None] | None = None,
 ) -> ExportResult:
     """Write ``source`` as the new Hugging Face folder ``target``; it appears whole or not at all.
 
@@ -117,6 +118,7 @@ def export_huggingface(
         tokenizer: a SentencePiece model, or a Hugging Face folder whose tokenizer files are copied; default: those of
             the source, if it is such a folder.
         progress: called with the bytes written and all of them.
+        source_is_sound: called before the commit; raises if what was read is not what was saved.
 
     Raises:
         CheckpointError: before anything is written, if the target exists, space is short, the source does not hold this
@@ -143,6 +145,8 @@ def export_huggingface(
                 files.write(folder / name, content)
             for name, path in chosen.copied.items():
                 files.copy(path, folder / name)
+            if source_is_sound is not None:
+                source_is_sound()
             for shard in shards:
                 files.sync_file(folder / shard.name)
             files.sync_directory(folder)

@@ -15,6 +15,7 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -132,10 +133,10 @@ class DistCheckpoint:
         """Whether the layers of a tensor are stored along its first axis."""
         return any(stored.layer is not None for stored in self._tensors.values())
 
-    def data_files(self) -> list[str]:
-        """Relative names of the files that hold its tensors."""
-        tensors = {stored.key for stored in self._tensors.values()}
-        infos = [info for index, info in (self.metadata.storage_data or {}).items() if index.fqn in tensors]
+    def data_files(self, keys: Iterable[str] | None = None) -> list[str]:
+        """Relative names of the files that hold its tensors, or those of ``keys``."""
+        tensors = {self._locate(key).key for key in (self._tensors if keys is None else keys)}
+        infos = [info for index, info in self.metadata.storage_data.items() if index.fqn in tensors]
         return sorted({info.relative_path for info in infos})
 
     def spec(self, key: str) -> TensorSpec:
@@ -185,7 +186,7 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.path} holds no tensor {key}; its keys: growth-megatron inspect") from None
 
     def _storage(self, index: MetadataIndex) -> _StorageInfo:
-        info: _StorageInfo | None = (self.metadata.storage_data or {}).get(index)
+        info: _StorageInfo | None = self.metadata.storage_data.get(index)
         if info is None:
             raise CheckpointError(f"{self.path}: {METADATA_NAME} does not say where {index.fqn} {index.offset} lies")
         return info
@@ -288,7 +289,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 def _check_metadata(metadata: Metadata) -> None:
     """Raises if something in it is not as torch DCP writes it, is no name of a data file, or is beyond all sizes."""
-    for name in {info.relative_path for info in (metadata.storage_data or {}).values()}:
+    for name in {info.relative_path for info in metadata.storage_data.values()}:
         if not inside(name).endswith(DATA_SUFFIX):
             raise ValueError(f"it names {name!r}, which is no data file (*{DATA_SUFFIX}); do not trust it")
     for key, entry in metadata.state_dict_metadata.items():

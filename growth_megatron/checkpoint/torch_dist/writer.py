@@ -41,7 +41,7 @@ from growth_megatron.checkpoint.torch_dist.data_files import (
 )
 from growth_megatron.checkpoint.torch_dist.journal import Journal, item_bytes
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
-from growth_megatron.errors import GrowthError, GrowthMegatronError
+from growth_megatron.errors import DamagedError, GrowthError, GrowthMegatronError
 from growth_megatron.model.tensors import TensorSource, is_constant
 from growth_megatron.parallel.collectives import all_gather, on_all_ranks, on_rank_zero, rank, world_size
 
@@ -89,6 +89,7 @@ def write_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     check_finite: bool = True,
     overwrite: bool = False,
+    source_is_sound: Callable[[], None] | None = None,
 ) -> WriteResult:
     """Write all tensors of ``source`` as the checkpoint ``target``; atomic, and to be given again after a kill.
 
@@ -108,10 +109,11 @@ def write_checkpoint(
         progress: called with the bytes done and in all, of this rank; those taken over count for rank 0.
         check_finite: refuse values that are not finite.
         overwrite: whether a checkpoint at ``target`` may be replaced.
+        source_is_sound: called on all ranks before the commit; raises if what was read is not what was saved.
 
     Raises, alike on all ranks:
         CheckpointError: ``target`` exists, no space, or the source or the disk fails. What is complete is kept.
-        GrowthError: a value is not finite; the attempt is removed.
+        GrowthError, DamagedError: a value is not finite, or the source is not sound; the attempt is removed.
     """
     started = time.perf_counter()
     files, objects = files or FileOperations(), objects or {}
@@ -126,7 +128,9 @@ def write_checkpoint(
     storage = ParallelWriter(journal, files, writers, file_bytes, meter.add)
     try:
         _save(storage, ChunkPlanner(source, objects, items, part, check_finite))
-    except GrowthError:
+        if source_is_sound is not None:
+            source_is_sound()
+    except (GrowthError, DamagedError):
         if rank() == 0:
             files.remove_tree(journal.temporary)
         raise
