@@ -292,6 +292,28 @@ def test_a_damaged_file_is_refused(plain: Path, spoil: Callable[[bytes], bytes],
         HuggingFaceCheckpoint(plain)
 
 
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        (-8, r"lies at \d+ to \d+, the tensor before it ends at \d+"),
+        (8, r"lies at \d+ to \d+, the tensor before it ends at \d+"),
+        (0, "8 bytes follow the last tensor"),
+    ],
+    ids=["over the tensor before it", "with a hole before it", "with something behind all"],
+)
+def test_tensors_that_overlap_or_lie_apart_are_refused(plain: Path, by: int, words: str) -> None:
+    """safetensors itself writes and reads one tensor right after the other."""
+    content = (plain / SINGLE_NAME).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    header[last]["data_offsets"] = [offset + by for offset in header[last]["data_offsets"]]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    (plain / SINGLE_NAME).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :] + bytes(8))
+    with pytest.raises(CheckpointError, match=words):
+        HuggingFaceCheckpoint(plain)
+
+
 def test_a_file_cut_short_after_it_was_opened_is_named(plain: Path) -> None:
     checkpoint = HuggingFaceCheckpoint(plain)
     with (plain / SINGLE_NAME).open("r+b") as file:

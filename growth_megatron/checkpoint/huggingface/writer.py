@@ -27,11 +27,12 @@ from growth_megatron.checkpoint.huggingface.layout import huggingface_shapes, ro
 from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.safetensors_file import FileLayout, lay_out, tensor_bytes
 from growth_megatron.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
+from growth_megatron.checkpoint.torch_dist.chunk_planner import refuse_non_finite
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import EMBEDDING, tensor_shapes
-from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSource, TensorSpec
+from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSource, TensorSpec, whole
 
 SHARD_BYTES = 5_000_000_000
 
@@ -123,6 +124,7 @@ def export_huggingface(
     Raises:
         CheckpointError: before anything is written, if the target exists, space is short, the source does not hold this
             model, transformers has no such model, or the tokenizer does not fit; later, if writing fails.
+        GrowthError: a value is not finite.
     """
     started = time.monotonic()
     files = files or FileOperations()
@@ -234,7 +236,9 @@ def _write(
         count = max(1, _BLOCK_BYTES // row_bytes)
         for start in range(0, rows, count):
             stop = min(start + count, rows)
-            block = weights.read(key, (slice(start, stop), *(slice(0, size) for size in spec.shape[1:])))
+            region = (slice(start, stop), *whole(spec.shape[1:]))
+            block = weights.read(key, region)
+            refuse_non_finite(key, region, block)
             content = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
             position = 0
             for part in parts:
