@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from growth_megatron.checkpoint.folder.commit import exclusive
-from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.files import FileOperations, expected_in
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, checksum_files
 from growth_megatron.checkpoint.folder.target import check_new
 from growth_megatron.checkpoint.origin import fresh_objects
@@ -72,30 +72,28 @@ def import_megatron(
             alone, or the target exists or cannot be written.
     """
     _check_source(source)
-    found = MegatronCheckpoint(source, settings, weights_only=weights_only)
+    with expected_in(source):
+        found = MegatronCheckpoint(source, settings, weights_only=weights_only)
     check_new(target, source, overwrite)
     print(f"source  {source}\n        {model_line(found.geometry)}\ntarget  {target}", flush=True)
     with exclusive(target), bytes_progress(f"importing {target.name}") as progress:
-        try:
-            if found.has_optimizer:
-                linked = link_checkpoint(
-                    source, (), _links(found), target, found.manifest, found.common, FileOperations(), overwrite
-                )
-                written, how = linked.bytes_written, f"{format_bytes(linked.bytes_linked)} linked, optimizer state kept"
-            else:
-                result = write_checkpoint(
-                    WithFreshOptimizer(found.weights()),
-                    target,
-                    found.manifest,
-                    found.common,
-                    objects=fresh_objects(found.geometry),
-                    fingerprint=f"import-megatron {source.resolve()} {settings}",
-                    progress=progress,
-                    overwrite=overwrite,
-                )
-                written, how = result.bytes_written, "optimizer state made anew"
-        except OSError as error:
-            raise CheckpointError(f"cannot write {target}: {error.strerror or error} ({error.filename})") from None
+        if found.has_optimizer:
+            linked = link_checkpoint(
+                source, (), _links(found), target, found.manifest, found.common, FileOperations(), overwrite
+            )
+            written, how = linked.bytes_written, f"{format_bytes(linked.bytes_linked)} linked, optimizer state kept"
+        else:
+            result = write_checkpoint(
+                WithFreshOptimizer(found.weights()),
+                target,
+                found.manifest,
+                found.common,
+                objects=fresh_objects(found.geometry),
+                fingerprint=f"import-megatron {source.resolve()} {settings}",
+                progress=progress,
+                overwrite=overwrite,
+            )
+            written, how = result.bytes_written, "optimizer state made anew"
     print(
         f"imported {target}: {format_bytes(written)} written, {how}; step {found.manifest.step:,}\n"
         f"train it with checkpoint.resume={target}, a new run.directory and\n"

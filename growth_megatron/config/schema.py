@@ -33,7 +33,7 @@ _DEFAULTED = ("num_query_groups", "head_dim")
 """Fields of a model whose default follows from the others."""
 
 
-MAX_LAYERS, MAX_ENTRIES = 1 << 14, 1 << 31
+MAX_LAYERS, MAX_WIDTH, MAX_ENTRIES = 1 << 14, 1 << 20, 1 << 31
 """Of a model, and of a vocabulary (token ids are stored in 32 bits): beyond is a mistyped or a hostile number."""
 
 
@@ -58,11 +58,13 @@ class ModelConfig(Section):
     """Geometry of a LLaMA (pre-norm, RMSNorm, RoPE, SwiGLU), with what its relatives Qwen2 and Qwen3 have besides."""
 
     num_layers: PositiveInt = Field(le=MAX_LAYERS)
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
+    hidden_size: PositiveInt = Field(le=MAX_WIDTH)
+    num_attention_heads: PositiveInt = Field(le=MAX_WIDTH)
     num_query_groups: PositiveInt = Field(0, description="key/value heads; default: num_attention_heads")
-    head_dim: PositiveInt = Field(0, description="channels of a head; default: hidden_size / num_attention_heads")
-    ffn_hidden_size: PositiveInt
+    head_dim: PositiveInt = Field(
+        0, le=MAX_WIDTH, description="channels of a head; default: hidden_size / num_attention_heads"
+    )
+    ffn_hidden_size: PositiveInt = Field(le=MAX_WIDTH)
     vocab_size: PositiveInt = Field(le=MAX_ENTRIES, description="entries of the tokenizer")
     vocab_multiple: PositiveInt = Field(
         128, le=MAX_ENTRIES, description="the vocabulary is padded to a multiple of this, at every layout"

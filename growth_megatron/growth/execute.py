@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.files import FileOperations, expected_in
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.origin import Origin, checkpoint_origin
+from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.growth.checked import WRITERS, CheckedGrowth, check_growth
 from growth_megatron.growth.lineage import grown_common, grown_manifest, grown_objects, job_fingerprint
 from growth_megatron.growth.link import Linked, link_checkpoint
-from growth_megatron.growth.rules import GrowthPlan
+from growth_megatron.growth.rules import GrowthPlan, OptimizerState
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.parallel.collectives import on_all_ranks, on_rank_zero
 
@@ -105,7 +106,7 @@ def carry_out(
     files = files or FileOperations()
     origin, plan, policy = growth.origin, growth.plan, growth.policy
     manifest = grown_manifest(origin, plan, policy, stage, config_hash)
-    common = on_all_ranks(lambda: grown_common(origin, manifest, policy))
+    common = on_all_ranks(lambda: _common(origin, manifest, policy))
     with summed_beside(origin.path, growth.summed_files(verify_source)) as source_is_sound:
         if growth.can_link:
             source_is_sound()
@@ -135,6 +136,11 @@ def carry_out(
         written.bytes_written,
         bytes_resumed=written.bytes_resumed,
     )
+
+
+def _common(origin: Origin, manifest: Manifest, policy: OptimizerState) -> dict[str, Any]:
+    with expected_in(origin.path / COMMON_NAME):
+        return grown_common(origin, manifest, policy)
 
 
 def _link(

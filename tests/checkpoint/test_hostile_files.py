@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from growth_megatron.__main__ import main
-from growth_megatron.checkpoint.folder.manifest import FileEntry, read_manifest, write_manifest
+from growth_megatron.checkpoint.folder.manifest import FileEntry, read_manifest, validate_checkpoint, write_manifest
 from tests.checkpoint.hostile import CHECKPOINTS, FOLDERS, hostile_checkpoint
 from tests.checkpoint.huggingface_models import write_llama
 from tests.conftest import write_growing_config
@@ -138,3 +138,26 @@ def test_a_manifest_that_names_files_outside_is_refused_and_nothing_is_written(
         assert main(command) == 2
         assert "outside of its folder; do not trust it" in "".join(capfd.readouterr())
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_what_else_stands_in_a_run_stops_none_that_has_a_checkpoint(
+    checkpoint: Path, config: Path, tmp_path: Path
+) -> None:
+    """``latest`` as a folder is left alone; a run's own names are taken, whatever stands there."""
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / checkpoint.name)
+    (run / "latest").mkdir()
+    (run / "latest/note").write_text("mine")
+    for name in ("step_00000001", "step_00000004", ".tmp_step_00000006", ".trash_step_00000003"):
+        (run / "checkpoints" / name).write_text("no folder")
+    (run / "checkpoints/step_00000000").symlink_to("nowhere")
+    (run / "checkpoints/step_00000006").symlink_to("elsewhere")
+    commands = [[*_train(config, run, steps=6), "checkpoint.keep_last=1"]]
+    ((code, printed),) = run_ranks("tests.workers:run_mains", 1, {"commands": commands})[0]
+    assert code == 0, printed
+    assert "skipped" in printed
+    assert "step_00000004: not a folder" in printed
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name[0] != "."] == ["step_00000006"]
+    assert validate_checkpoint(run / "checkpoints/step_00000006", full=True) is None
+    assert not (run / "checkpoints/step_00000006").is_symlink()
+    assert (run / "latest/note").read_text() == "mine"

@@ -9,6 +9,8 @@ At a stage boundary a step has two checkpoints: what the stage ended with, ``ste
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -27,6 +29,8 @@ from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, read_manifest, validate_checkpoint
 from growth_megatron.errors import CheckpointError, ConfigError, NothingValidError
 from growth_megatron.parallel.file_lock import locked
+
+_LOG = logging.getLogger(__name__)
 
 LATEST_NAME = "latest"
 _NAME = re.compile(r"step_(\d{8,})(_grown)?")
@@ -94,7 +98,7 @@ class RunDirectory:
 
     def make_way(self, step: int, grown: bool = False) -> None:
         """Remove what stands at a step that has no valid checkpoint: the names of a run's checkpoints are its own."""
-        if self.checkpoint_path(step, grown).exists():
+        if os.path.lexists(self.checkpoint_path(step, grown)):
             remove_folder(self.checkpoint_path(step, grown), self._files)
 
     def begin(self, step: int, grown: bool = False) -> Path:
@@ -109,9 +113,12 @@ class RunDirectory:
         return final
 
     def point_latest(self, checkpoint: Path) -> None:
-        """Let ``RUN/latest`` name a committed checkpoint. It is for people; nothing is decided by it."""
+        """Let ``RUN/latest`` name a committed checkpoint. It is for people: nothing is decided or ended by it."""
         self._refused.pop(checkpoint, None)  # it has just been written anew
-        self._files.symlink(self.latest_path, f"{self.checkpoints_path.name}/{checkpoint.name}")
+        try:
+            self._files.symlink(self.latest_path, f"{self.checkpoints_path.name}/{checkpoint.name}")
+        except FileExistsError:
+            _LOG.warning("%s is left as it is: it is no link; remove it to have one there", self.latest_path)
         self._files.sync_directory(self.path)
 
     def checkpoints(self) -> list[Path]:
@@ -145,7 +152,7 @@ class RunDirectory:
         left = sorted(self.checkpoints_path.iterdir())
         done = [recover_folder(path, self._files) for path in left if path.name.startswith(TEMPORARY_PREFIX)]
         for path in left:
-            if path.name.startswith(TRASH_PREFIX) and path.exists():
+            if path.name.startswith(TRASH_PREFIX) and os.path.lexists(path):
                 self._files.remove_tree(path)
                 done.append(f"removed {path.name}, left by an interrupted removal")
         newest, _ = self.newest_valid()

@@ -25,7 +25,7 @@ from growth_megatron.checkpoint.folder.target import check_new, check_room
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, config_of_geometry
 from growth_megatron.checkpoint.huggingface.layout import huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface.safetensors_file import FileLayout, lay_out, tensor_bytes
+from growth_megatron.checkpoint.huggingface.safetensors_file import DTYPES, FileLayout, lay_out, tensor_bytes
 from growth_megatron.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from growth_megatron.checkpoint.torch_dist.chunk_planner import refuse_non_finite
 from growth_megatron.config.schema import ModelConfig
@@ -63,6 +63,11 @@ class ExportedWeights:
         self._shapes = tensor_shapes(geometry)
         stored = set(source.keys())
         wrong = [f"{key} is missing" for key in self._shapes if key not in stored]
+        wrong += [
+            f"{key} is of {source.spec(key).dtype}"
+            for key in self._shapes
+            if key in stored and source.spec(key).dtype not in DTYPES.values()
+        ]
         wrong += [
             f"{key} is {source.spec(key).shape}, not {shape}"
             for key, shape in self._shapes.items()

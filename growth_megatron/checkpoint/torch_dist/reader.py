@@ -71,6 +71,7 @@ _METADATA_CLASSES = {
     "collections": {"OrderedDict"},
 }
 _LOCATIONS_KEPT = 4096
+_MAX_BYTES = 1 << 62
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.\d+\.")
 
@@ -166,7 +167,10 @@ class DistCheckpoint:
         element = self._constant(overlaps, spec.dtype)
         if element is not None:
             return constant(element, sizes if stored.layer is None else sizes[1:])
-        out = torch.empty(sizes, dtype=spec.dtype)
+        try:
+            out = torch.empty(sizes, dtype=spec.dtype)
+        except RuntimeError:
+            raise CheckpointError(f"{self.path}: {key} of {sizes} does not fit in memory; is it damaged?") from None
         for overlap in overlaps:
             self._read_overlap(overlap, out[overlap.there])
         return out if stored.layer is None else out[0]
@@ -289,15 +293,24 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 def _check_metadata(metadata: Metadata) -> None:
     """Raises if something in it is not as torch DCP writes it, is no name of a data file, or is beyond all sizes."""
+    for info in metadata.storage_data.values():
+        if not (0 <= int(info.offset) < _MAX_BYTES and 0 <= int(info.length) < _MAX_BYTES):
+            raise ValueError(f"it names {info.length} bytes from {info.offset}, where no file has any")
     for name in {info.relative_path for info in metadata.storage_data.values()}:
         if not inside(name).endswith(DATA_SUFFIX):
             raise ValueError(f"it names {name!r}, which is no data file (*{DATA_SUFFIX}); do not trust it")
     for key, entry in metadata.state_dict_metadata.items():
+        offsets = [None] if isinstance(entry, BytesStorageMetadata) else [chunk.offsets for chunk in entry.chunks]
+        if any(MetadataIndex(key, offset) not in metadata.storage_data for offset in offsets):
+            raise ValueError(f"it does not say where {key} lies")
         if isinstance(entry, BytesStorageMetadata):
             continue
         axes = {len(entry.size), *(len(sizes) for chunk in entry.chunks for sizes in (chunk.offsets, chunk.sizes))}
-        if len(axes) > 1 or not isinstance(entry.properties.dtype, torch.dtype):
+        dtype = entry.properties.dtype
+        if len(axes) > 1 or not isinstance(entry.size, torch.Size) or not isinstance(dtype, torch.dtype):
             raise ValueError(f"it does not describe {key} as a tensor")
+        if dtype.is_complex:
+            raise ValueError(f"it says that {key} is complex")
         if is_stacked(key) and entry.size[0] > MAX_LAYERS:
             raise ValueError(f"it says that {key} has {entry.size[0]} layers; allowed: {MAX_LAYERS}")
 
