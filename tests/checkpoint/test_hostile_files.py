@@ -90,6 +90,19 @@ def test_no_checkpoint_that_train_resumes_from_runs_its_code_and_the_one_before_
     assert not (tmp_path / "ran").exists()
 
 
+def test_several_ranks_agree_on_what_cannot_be_loaded(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    """At TP2 the ranks read different tensors."""
+    commands = []
+    for number, sample in enumerate(("tensor chunk", "byte object, raw")):
+        run = tmp_path / f"run_{number}"
+        shutil.copytree(checkpoint, run / "checkpoints" / checkpoint.name)
+        hostile_checkpoint(checkpoint, run / "checkpoints/step_00000003", sample, tmp_path / "ran")
+        commands.append([*_train(config, run, steps=3), "parallel.tensor_parallel_size=2"])
+    for outcomes in run_ranks("tests.workers:run_mains", 2, {"commands": commands}):
+        assert [code for code, _ in outcomes] == [0, 0], outcomes
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("sample", FOLDERS)
 def test_no_command_that_reads_a_hugging_face_folder_runs_its_code(
     sample: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -37,6 +37,7 @@ from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, damage,
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError, DamagedError
 from growth_megatron.model.tensors import TensorSource
+from growth_megatron.parallel.collectives import on_all_ranks
 
 FORMAT: Mapping[str, Any] = MappingProxyType(
     {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
@@ -118,14 +119,14 @@ def load_into_model(
         CheckpointError: naming the tensors that do not fit.
         DamagedError: its contents cannot be loaded, alike on all ranks.
     """
-    stored = DistCheckpoint(directory)
+    stored = on_all_ranks(lambda: DistCheckpoint(directory))
     form = {**FORMAT, "non_homogeneous_layers": not stored.is_stacked}
     model = _model_state(models, form)
     state: dict[str, Any] = {"model": model}
-    _check_shapes(stored, _tensor_shards(model))
+    on_all_ranks(lambda: _check_shapes(stored, _tensor_shards(model)))
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(form))
-    read_common(directory)  # says what is wrong with it
+    on_all_ranks(lambda: read_common(directory))  # says what is wrong with it
     try:
         _load(directory, models, optimizer, state)
     except _DAMAGE as error:
