@@ -37,6 +37,10 @@ class CheckpointError(GrowthMegatronError):
     exit_code = EXIT_USAGE
 
 
+class DamagedError(CheckpointError):
+    """Contents of a checkpoint that are not what was saved, though its manifest is sound and sizes are right."""
+
+
 class NothingValidError(CheckpointError):
     """Saved state exists but none of it is intact, so there is nothing to resume from."""
 

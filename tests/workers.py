@@ -294,3 +294,19 @@ def process_groups_of(layouts: list[dict[str, Any]]) -> list[dict[str, int]]:
         groups = [group for group in parallel_state._global_process_group_list if group is not None]
         added.append({group.group_desc: group.size() for group in groups})
     return added
+
+
+def run_mains(commands: list[list[str]]) -> list[list[Any]]:
+    """Exit code and all that was printed by each of ``commands``, one after the other in this process."""
+    import contextlib
+    import io
+
+    from growth_megatron.__main__ import main
+
+    outcomes: list[list[Any]] = []
+    for command in commands:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main(command)
+        outcomes.append([code, printed.getvalue()])
+    return outcomes

@@ -26,17 +26,23 @@ from growth_megatron.checkpoint.folder.manifest import (
     library_version,
     read_identified_manifest,
 )
-from growth_megatron.checkpoint.folder.run_directory import CheckpointName, RunDirectory, Skipped
+from growth_megatron.checkpoint.folder.run_directory import LATEST_NAME, CheckpointName, RunDirectory, Skipped
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
 from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common
-from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME, METADATA_NAME, DistCheckpoint, read_common
+from growth_megatron.checkpoint.torch_dist.reader import (
+    COMMON_NAME,
+    DATA_SUFFIX,
+    METADATA_NAME,
+    DistCheckpoint,
+    read_common,
+)
 from growth_megatron.checkpoint.torch_dist.writer import FORMAT_NAME
 from growth_megatron.config.load import read_config
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.data.tokenizer import tokenizer_sha256
-from growth_megatron.errors import CheckpointError, GrowthMegatronError, NothingValidError
+from growth_megatron.errors import CheckpointError, DamagedError, GrowthMegatronError, NothingValidError
 from growth_megatron.model.architecture import stateless_objects
 from growth_megatron.model.tensors import MOMENT_PREFIXES, TensorSource, WithFreshOptimizer
 
@@ -143,7 +149,7 @@ class CheckpointOrigin(Origin):
     @override
     def extra_files(self) -> list[str]:
         rewritten = {METADATA_NAME, COMMON_NAME, FORMAT_NAME}
-        return [name for name in self.manifest.files if name not in rewritten and not name.endswith(".distcp")]
+        return [name for name in self.manifest.files if name not in rewritten and not name.endswith(DATA_SUFFIX)]
 
     @override
     def tokenizer(self) -> tuple[Path | None, str]:
@@ -239,11 +245,16 @@ def checkpoint_origin(path: Path, skipped: tuple[Skipped, ...] = (), *, whole: b
 
     Raises:
         CheckpointError: its manifest or ``.metadata`` cannot be read, or with ``whole`` a file is missing or cut short.
+        DamagedError: it names data that the manifest does not answer for.
     """
     manifest, identity = read_identified_manifest(path)
     if whole and (reason := file_problem(path, manifest)) is not None:
         raise CheckpointError(f"cannot read {path}: {reason}; growth-megatron verify shows what else is there")
-    return CheckpointOrigin(path, identity, manifest, DistCheckpoint(path), skipped)
+    tensors = DistCheckpoint(path)
+    named = {info.relative_path for info in tensors.metadata.storage_data.values()}
+    if unknown := sorted(named - manifest.files.keys()):
+        raise DamagedError(f"{path}: {METADATA_NAME} names {unknown[0]}, which the manifest has no checksum of")
+    return CheckpointOrigin(path, identity, manifest, tensors, skipped)
 
 
 def huggingface_origin(path: Path) -> HuggingFaceOrigin:
@@ -279,6 +290,8 @@ def existing_folder(path: Path) -> Path:
     followed = path
     if path.is_symlink():
         followed = path.parent / path.readlink()
+        if path.name == LATEST_NAME and not followed.resolve().is_relative_to(path.parent.resolve()):
+            raise CheckpointError(f"{path} points at {followed}, outside of its run; name that folder itself")
         if not followed.exists():
             raise CheckpointError(f"{path} points at {followed}, which does not exist; name a checkpoint or a run")
     if not followed.exists():

@@ -79,5 +79,5 @@ def _left_behind(run: RunDirectory) -> Iterator[Check]:
 
 
 def _contents_line(manifest: Manifest, full: bool) -> str:
-    checked = "contents match their checksums" if full else "all there with their sizes"
+    checked = "contents match their checksums" if full else "sizes alone were looked at, contents are with --full"
     return f"step {manifest.step}, {len(manifest.files)} files, {format_bytes(manifest.total_bytes)}, {checked}"

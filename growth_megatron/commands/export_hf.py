@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from growth_megatron.checkpoint.folder.commit import exclusive
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
 from growth_megatron.checkpoint.origin import Origin, find_origin
@@ -71,9 +72,19 @@ def export_hf(
         note = str(tokenizer)
     print(f"tokenizer  {note}", flush=True)
     wanted = DTYPES[dtype] if dtype else None
-    with exclusive(target), bytes_progress(f"exporting {target.name}") as progress:
+    with (
+        exclusive(target),
+        bytes_progress(f"exporting {target.name}") as progress,
+        summed_beside(origin.path, origin.manifest.files) as source_is_sound,
+    ):
         result = export_huggingface(
-            origin.tensors, origin.geometry, target, dtype=wanted, tokenizer=tokenizer, progress=progress
+            origin.tensors,
+            origin.geometry,
+            target,
+            dtype=wanted,
+            tokenizer=tokenizer,
+            progress=progress,
+            source_is_sound=source_is_sound,
         )
     kind = str(result.dtype).removeprefix("torch.")
     print(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from growth_megatron.commands.growth import grow, plan_grow
 from growth_megatron.commands.growth_request import read_request
-from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
 from growth_megatron.errors import EXIT_OK, ConfigError
 from growth_megatron.growth.operators import names_by_side
 
@@ -59,6 +59,8 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of new weights, noise and uneven shares; default: 0")
     parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")
     parser.add_argument("--materialize", action="store_true", help="write all data, also where links would do")
+    parser.add_argument("--verify-source", action="store_true", help="read and sum the files that are linked, too")
+    add_overwrite(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,8 +79,9 @@ def run(options: argparse.Namespace) -> int:
         optimizer_state=options.optimizer_state,
         seed=options.seed,
     )
+    how = {"materialize": options.materialize, "overwrite": options.overwrite}
     if options.plan:
-        plan_grow(options.source, options.target, request, materialize=options.materialize, as_json=options.json)
+        plan_grow(options.source, options.target, request, as_json=options.json, **how)
     else:
-        grow(options.source, options.target, request, materialize=options.materialize)
+        grow(options.source, options.target, request, verify_source=options.verify_source, **how)
     return EXIT_OK

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from growth_megatron.checkpoint.folder.commit import exclusive, temporary_path
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.folder.target import check_new, check_room
 from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
@@ -39,13 +40,23 @@ from growth_megatron.parallel.collectives import (
 )
 
 
-def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool) -> None:
+def grow(
+    source: str,
+    target: str,
+    request: GrowthRequest,
+    *,
+    materialize: bool,
+    overwrite: bool = False,
+    verify_source: bool = False,
+) -> None:
     """Grow what ``source`` names into the new folder ``target``, and say what is done; on all ranks of torchrun alike.
 
     Args:
         source: a checkpoint, ``RUN/latest``, a run, or a Hugging Face folder (``hf:DIR`` where not clear).
         target: folder of the grown checkpoint; ``hf:DIR`` for a Hugging Face folder.
         materialize: write all data anew where links would do.
+        overwrite: replace ``target`` if it is a checkpoint of this library.
+        verify_source: read and sum the files that are linked, too.
 
     Raises:
         GrowthError: settings that make no growth of this source.
@@ -59,7 +70,7 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool)
         if not weights_only:
             stack.enter_context(_process_group())
         origin = on_all_ranks(lambda: find_origin(source))
-        growth = _checked(origin, request, folder, weights_only, materialize)
+        growth = _checked(origin, request, folder, weights_only, materialize, overwrite)
         if first:
             lines = [f"passed over: {item.path}: {item.reason}" for item in origin.skipped]
             print("\n".join([*lines, *render_forecast(growth, forecast(growth))]), flush=True)
@@ -70,21 +81,37 @@ def grow(source: str, target: str, request: GrowthRequest, *, materialize: bool)
             if weights_only:
                 lines = _to_huggingface(growth, folder, progress)
             else:
-                lines = _done_lines(carry_out(growth, folder, stage=0, progress=progress if first else None), origin)
+                result = carry_out(
+                    growth,
+                    folder,
+                    stage=0,
+                    overwrite=overwrite,
+                    verify_source=verify_source,
+                    progress=progress if first else None,
+                )
+                lines = _done_lines(result, origin, verify_source)
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error} ({error.filename})") from None
     if first:
         print("\n".join(lines))
 
 
-def plan_grow(source: str, target: str | None, request: GrowthRequest, *, materialize: bool, as_json: bool) -> None:
+def plan_grow(
+    source: str,
+    target: str | None,
+    request: GrowthRequest,
+    *,
+    materialize: bool,
+    as_json: bool,
+    overwrite: bool = False,
+) -> None:
     """Say what a growth would do, from the source's metadata alone: no tensor is read, nothing is written.
 
     Raises: as ``grow``; where the disk is too small, after all has been said.
     """
     folder, weights_only = _folder(target) if target is not None else (None, False)
     origin = find_origin(source, metadata_alone=True)
-    growth = _checked(origin, request, folder, weights_only, materialize, metadata_alone=True)
+    growth = _checked(origin, request, folder, weights_only, materialize, overwrite, metadata_alone=True)
     figures = forecast(growth)
     if rank_from_environment() == 0:
         if as_json:
@@ -106,6 +133,7 @@ def _checked(
     folder: Path | None,
     weights_only: bool,
     materialize: bool,
+    overwrite: bool,
     metadata_alone: bool = False,
 ) -> CheckedGrowth:
     target, growth = request.resolve(origin.geometry)
@@ -114,7 +142,7 @@ def _checked(
     policy = "reset" if weights_only else choose(growth).state_policy
     plan = plan_growth(origin.geometry, target, growth, request.seed)
     if folder is not None:
-        on_rank_zero(lambda: check_new(folder, origin.path))
+        on_rank_zero(lambda: check_new(folder, origin.path, None if weights_only else overwrite))
     return check_growth(
         origin,
         plan,
@@ -137,14 +165,16 @@ def _hold(stack: ExitStack, folder: Path) -> None:
 
 def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback) -> list[str]:
     tokenizer, note = growth.origin.tokenizer()
-    result = export_huggingface(
-        GrownSource(growth.origin.tensors, growth.plan, "reset"),
-        growth.plan.target_geometry,
-        folder,
-        dtype=None,
-        tokenizer=tokenizer,
-        progress=progress,
-    )
+    with summed_beside(growth.origin.path, growth.origin.manifest.files) as source_is_sound:
+        result = export_huggingface(
+            GrownSource(growth.origin.tensors, growth.plan, "reset"),
+            growth.plan.target_geometry,
+            folder,
+            dtype=None,
+            tokenizer=tokenizer,
+            progress=progress,
+            source_is_sound=source_is_sound,
+        )
     return [
         f"grew {folder} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written in {len(result.files)} "
         f"files; tokenizer: {note}"
@@ -166,8 +196,9 @@ def _process_group() -> Iterator[None]:
         process_groups.stop()
 
 
-def _done_lines(result: GrowthResult, origin: Origin) -> list[str]:
-    notes = [f"{format_bytes(result.bytes_linked)} linked"] if result.bytes_linked else []
+def _done_lines(result: GrowthResult, origin: Origin, verify_source: bool) -> list[str]:
+    sums = "re-read, as checksummed" if verify_source else "not re-read, --verify-source does; the source's checksums"
+    notes = [f"{format_bytes(result.bytes_linked)} linked ({sums})"] if result.bytes_linked else []
     notes.append(f"{format_bytes(result.bytes_written)} written")
     if result.bytes_copied:
         notes.append(f"{format_bytes(result.bytes_copied)} of them copied data")

@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 
 from growth_megatron.checkpoint.folder.commit import exclusive
-from growth_megatron.checkpoint.folder.files import FileOperations
+from growth_megatron.checkpoint.folder.files import FileOperations, expected_in
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, checksum_files
 from growth_megatron.checkpoint.folder.target import check_new
 from growth_megatron.checkpoint.origin import fresh_objects
 from growth_megatron.checkpoint.torch_dist.megatron import SETTINGS, MegatronCheckpoint
 from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
-from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
 from growth_megatron.config.lines import model_line, model_section
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
@@ -49,16 +49,20 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="a=b",
         help=f"what the checkpoint does not say: {', '.join(SETTINGS)}",
     )
+    add_overwrite(parser)
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer's state and begin a new one")
 
 
 def run(options: argparse.Namespace) -> int:
     settings = _settings(options.settings)
-    import_megatron(Path(options.source), Path(options.checkpoint), settings, weights_only=options.weights_only)
+    how = {"weights_only": options.weights_only, "overwrite": options.overwrite}
+    import_megatron(Path(options.source), Path(options.checkpoint), settings, **how)
     return EXIT_OK
 
 
-def import_megatron(source: Path, target: Path, settings: dict[str, Any], *, weights_only: bool = False) -> None:
+def import_megatron(
+    source: Path, target: Path, settings: dict[str, Any], *, weights_only: bool = False, overwrite: bool = False
+) -> None:
     """Make the checkpoint ``source`` of megatron-core one of this library, in the new folder ``target``.
 
     With its optimizer state its data files are linked; otherwise masters are made of the weights, and all is written.
@@ -68,29 +72,28 @@ def import_megatron(source: Path, target: Path, settings: dict[str, Any], *, wei
             alone, or the target exists or cannot be written.
     """
     _check_source(source)
-    found = MegatronCheckpoint(source, settings, weights_only=weights_only)
-    check_new(target, source)
+    with expected_in(source):
+        found = MegatronCheckpoint(source, settings, weights_only=weights_only)
+    check_new(target, source, overwrite)
     print(f"source  {source}\n        {model_line(found.geometry)}\ntarget  {target}", flush=True)
     with exclusive(target), bytes_progress(f"importing {target.name}") as progress:
-        try:
-            if found.has_optimizer:
-                linked = link_checkpoint(
-                    source, (), _links(found), target, found.manifest, found.common, FileOperations()
-                )
-                written, how = linked.bytes_written, f"{format_bytes(linked.bytes_linked)} linked, optimizer state kept"
-            else:
-                result = write_checkpoint(
-                    WithFreshOptimizer(found.weights()),
-                    target,
-                    found.manifest,
-                    found.common,
-                    objects=fresh_objects(found.geometry),
-                    fingerprint=f"import-megatron {source.resolve()} {settings}",
-                    progress=progress,
-                )
-                written, how = result.bytes_written, "optimizer state made anew"
-        except OSError as error:
-            raise CheckpointError(f"cannot write {target}: {error.strerror or error} ({error.filename})") from None
+        if found.has_optimizer:
+            linked = link_checkpoint(
+                source, (), _links(found), target, found.manifest, found.common, FileOperations(), overwrite
+            )
+            written, how = linked.bytes_written, f"{format_bytes(linked.bytes_linked)} linked, optimizer state kept"
+        else:
+            result = write_checkpoint(
+                WithFreshOptimizer(found.weights()),
+                target,
+                found.manifest,
+                found.common,
+                objects=fresh_objects(found.geometry),
+                fingerprint=f"import-megatron {source.resolve()} {settings}",
+                progress=progress,
+                overwrite=overwrite,
+            )
+            written, how = result.bytes_written, "optimizer state made anew"
     print(
         f"imported {target}: {format_bytes(written)} written, {how}; step {found.manifest.step:,}\n"
         f"train it with checkpoint.resume={target}, a new run.directory and\n"

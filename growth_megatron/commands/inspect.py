@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.origin import Origin, find_origin
+from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.commands.parsing import Subparsers, add_command
 from growth_megatron.commands.tensor_statistics import render_tensor, tensor_statistics
 from growth_megatron.commands.tensor_table import render_table, tensor_table
@@ -95,10 +97,15 @@ def describe_tensor(path: str | Path, key: str) -> dict[str, Any]:
     """Statistics of one tensor of the checkpoint that ``path`` means (``tensor_statistics``), as JSON-able data.
 
     Raises:
-        CheckpointError: no such checkpoint or tensor, or damaged data.
+        CheckpointError: no such checkpoint or tensor, or damaged data: its files are summed.
     """
     origin = find_origin(path, metadata_alone=True)
-    return {"path": str(origin.path), **tensor_statistics(origin.tensors, key)}
+    stored, sums = origin.linkable, origin.manifest.files
+    names = [METADATA_NAME, *stored.data_files([key])] if stored and key in stored.keys() else []
+    with summed_beside(origin.path, {name: sums[name] for name in names}) as check:
+        statistics = tensor_statistics(origin.tensors, key)
+        check()
+    return {"path": str(origin.path), **statistics}
 
 
 def render_description(description: dict[str, Any]) -> str:

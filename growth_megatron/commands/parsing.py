@@ -28,6 +28,13 @@ def add_config(parser: argparse.ArgumentParser, **options: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values in YAML; a stage by name or number")
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """``--overwrite`` of the subcommands that write a checkpoint."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what stands there, if it is a checkpoint of ours"
+    )
+
+
 def add_text_inputs(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommands that read text."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders")

@@ -33,6 +33,10 @@ _DEFAULTED = ("num_query_groups", "head_dim")
 """Fields of a model whose default follows from the others."""
 
 
+MAX_LAYERS, MAX_WIDTH, MAX_ENTRIES = 1 << 14, 1 << 20, 1 << 31
+"""Of a model, and of a vocabulary (token ids are stored in 32 bits): beyond is a mistyped or a hostile number."""
+
+
 class RopeScaling(Section):
     """LLaMA 3's scaling of the rotary frequencies for long contexts (arXiv 2407.21783; transformers' ``llama3``)."""
 
@@ -53,15 +57,17 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """Geometry of a LLaMA (pre-norm, RMSNorm, RoPE, SwiGLU), with what its relatives Qwen2 and Qwen3 have besides."""
 
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
+    num_layers: PositiveInt = Field(le=MAX_LAYERS)
+    hidden_size: PositiveInt = Field(le=MAX_WIDTH)
+    num_attention_heads: PositiveInt = Field(le=MAX_WIDTH)
     num_query_groups: PositiveInt = Field(0, description="key/value heads; default: num_attention_heads")
-    head_dim: PositiveInt = Field(0, description="channels of a head; default: hidden_size / num_attention_heads")
-    ffn_hidden_size: PositiveInt
-    vocab_size: PositiveInt = Field(description="entries of the tokenizer")
+    head_dim: PositiveInt = Field(
+        0, le=MAX_WIDTH, description="channels of a head; default: hidden_size / num_attention_heads"
+    )
+    ffn_hidden_size: PositiveInt = Field(le=MAX_WIDTH)
+    vocab_size: PositiveInt = Field(le=MAX_ENTRIES, description="entries of the tokenizer")
     vocab_multiple: PositiveInt = Field(
-        128, description="the vocabulary is padded to a multiple of this, at every layout"
+        128, le=MAX_ENTRIES, description="the vocabulary is padded to a multiple of this, at every layout"
     )
     sequence_length: PositiveInt = 2048
     rope_base: PositiveFloat = 10000.0

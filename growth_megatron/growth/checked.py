@@ -15,8 +15,10 @@ from typing import Literal
 
 import torch
 
+from growth_megatron.checkpoint.folder.manifest import FileEntry
 from growth_megatron.checkpoint.folder.target import same_file_system
 from growth_megatron.checkpoint.origin import Origin
+from growth_megatron.checkpoint.torch_dist.reader import DATA_SUFFIX
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.link import LinkPlan, can_link, plan_links
 from growth_megatron.growth.plan import check_source_tensors
@@ -69,6 +71,12 @@ class CheckedGrowth:
             return None
         assert self.origin.linkable is not None
         return plan_links(self.origin.linkable, self.origin.manifest.files, self.plan, self.policy)
+
+    def summed_files(self, verify_source: bool) -> dict[str, FileEntry]:
+        """Files of the origin that are read for the target; with ``verify_source`` also those that are linked."""
+        files = self.origin.manifest.files
+        read_data = verify_source or not self.can_link
+        return {name: entry for name, entry in files.items() if read_data or not name.endswith(DATA_SUFFIX)}
 
     @cached_property
     def executor(self) -> Executor:

@@ -25,9 +25,6 @@ Problem = tuple[str, str]
 WIDTH_FIELDS = ("hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size")
 """Sizes along the width."""
 
-MAX_WIDTH = 1 << 20
-"""Largest size along the width that is accepted; it only guards against a mistyped one filling the memory."""
-
 GEOMETRY_FIELDS = ("num_layers", *WIDTH_FIELDS)
 """All sizes that a growth may change."""
 
@@ -160,8 +157,6 @@ def _size_problems(changes: dict[str, tuple[int, int]]) -> Iterator[Problem]:
     for key, (before, after) in changes.items():
         if after < before and key != "num_query_groups":
             yield f"model.{key}", f"{after} is less than the source's {before}; a growth keeps or raises it"
-        elif after > MAX_WIDTH:
-            yield f"model.{key}", f"{after} is more than {MAX_WIDTH}, the largest that is planned for; correct it"
 
 
 def _idle_options(growth: GrowthConfig) -> Iterator[Problem]:

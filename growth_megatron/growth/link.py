@@ -33,10 +33,10 @@ from torch.distributed.checkpoint.metadata import (
 from growth_megatron.checkpoint.folder.commit import begin_folder, commit_folder
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
-from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, same_file_system
+from growth_megatron.checkpoint.folder.sums import changed
+from growth_megatron.checkpoint.folder.target import check_new, check_room, same_file_system
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME, METADATA_NAME, DistCheckpoint, is_stacked
 from growth_megatron.checkpoint.torch_dist.writer import FORMAT, FORMAT_NAME, saved
-from growth_megatron.errors import CheckpointError
 from growth_megatron.growth.lineage import object_targets
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, TensorRule
 from growth_megatron.model.architecture import LAYER_PREFIX
@@ -85,17 +85,11 @@ def can_link(plan: GrowthPlan, stored: Metadata) -> bool:
 def plan_links(
     source: DistCheckpoint, held: Mapping[str, FileEntry], plan: GrowthPlan, policy: OptimizerState
 ) -> LinkPlan:
-    """What a growth by links is to write and to share; ``held`` are the files of the source's manifest.
-
-    Raises:
-        CheckpointError: the manifest lacks a data file.
-    """
+    """What a growth by links is to write and to share; ``held`` are the files of the source's manifest."""
     zeros = Zeros(taken=held)
     metadata = grown_metadata(source.metadata, plan, policy, zeros)
-    names = {info.relative_path for info in metadata.storage_data.values()} - {zeros.name}
+    names = {info.relative_path for info in metadata.storage_data.values()}
     kept = {name: entry for name, entry in held.items() if name in names}
-    if unknown := sorted(names - kept.keys()):
-        raise CheckpointError(f"cannot grow {source.path}: its manifest lacks {unknown[0]}, which holds tensors")
     return LinkPlan(pickle.dumps(metadata), kept, zeros.name, zeros.content)
 
 
@@ -107,30 +101,39 @@ def link_checkpoint(
     grown: Manifest,
     common: Mapping[str, Any],
     files: FileOperations,
+    overwrite: bool = False,
 ) -> Linked:
     """Write the checkpoint ``target`` over the files of ``source``; atomic, and safe to repeat after a kill.
 
     Args:
         copied: names of small files that go on as they are.
         grown, common: the target's, as ``growth.lineage`` gives them.
+        overwrite: whether a checkpoint at ``target`` may be replaced.
 
     Raises:
         CheckpointError: the target exists, or copying instead of linking has no room.
+        DamagedError: data that had to be copied do not have their checksums.
     """
-    check_replaceable(target)
+    check_new(target, overwrite=overwrite)
     data_bytes = sum(entry.size_bytes for entry in links.data_files.values())
     if not same_file_system(source, target):
         _check_room(source, target, data_bytes)
     folder = begin_folder(target, files)
-    was_copied = _link_or_copy(source, folder, target, links.data_files, files)
+    own = {FORMAT_NAME: FORMAT, COMMON_NAME: saved(dict(common)), METADATA_NAME: links.metadata}
     if links.zeros:
-        files.write(folder / links.zeros_name, links.zeros)
-    for name in copied:
-        files.copy(source / name, folder / name)
-    files.write(folder / FORMAT_NAME, FORMAT)
-    files.write(folder / COMMON_NAME, saved(dict(common)))
-    files.write(folder / METADATA_NAME, links.metadata)
-    check_replaceable(target)  # again: copying may have taken its time, and the commit replaces what stands there
+        own[links.zeros_name] = links.zeros
+    try:
+        was_copied = _link_or_copy(source, folder, target, links.data_files, files)
+        for name in copied:
+            files.copy(source / name, folder / name)
+        for name, content in own.items():
+            files.write(folder / name, content)
+    except Exception:  # copies may be large, and wrong
+        files.remove_tree(folder)
+        raise
+    check_new(
+        target, overwrite=overwrite
+    )  # again: copying may have taken its time, and the commit replaces what stands there
     complete = commit_folder(target, grown, files, checksums=links.data_files)
 
     linked = 0 if was_copied else data_bytes
@@ -261,6 +264,6 @@ def _link_or_copy(
         needed / 1e9,
     )
     for name in entries:
-        if not (folder / name).exists():
-            files.copy(source / name, folder / name)
+        if not (folder / name).exists() and files.copy(source / name, folder / name) != entries[name].sha256:
+            raise changed(source / name)
     return True

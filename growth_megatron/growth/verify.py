@@ -12,12 +12,14 @@ its identity is still the recorded one, or else a checkpoint of its name beside 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from growth_megatron.checkpoint.folder.files import expected_in
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, read_manifest
 from growth_megatron.checkpoint.origin import Origin, find_origin
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
@@ -92,11 +94,12 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
     except (GrowthMegatronError, ValueError) as error:  # pydantic's errors are ValueErrors
         yield check("plan", "FAILED", f"the recorded growth cannot be planned again: {_one_line(error)}")
         return
-    origin = _recorded_source(checkpoint, record)
+    origin = _recorded_source(checkpoint, record, full)
     if isinstance(origin, str):
         yield check("growth", "SKIPPED", f"tensors were not compared with the plan's: {origin}")
         return
-    yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}")
+    unsummed = "" if origin.is_of_a_run else " (which has no checksums to compare it with)"
+    yield check("plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}{unsummed}")
     target = DistCheckpoint(checkpoint)
     comparisons: tuple[tuple[str, Callable[[], Result]], ...] = (
         ("tensors", lambda: _compare_tensors(origin.tensors, target, plan, record.optimizer_state, full)),
@@ -105,7 +108,8 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
     )
     for subject, compare in comparisons:
         try:
-            outcome, text, figures = compare()
+            with expected_in(checkpoint):
+                outcome, text, figures = compare()
         except GrowthMegatronError as error:  # tensors that cannot be read, or are not those of the model
             outcome, text, figures = "FAILED", str(error), {}
         yield check(subject, outcome, text, **figures)
@@ -117,12 +121,12 @@ def _plan(record: GrowthRecord, manifest: Manifest) -> GrowthPlan:
     return plan_of_record(record)
 
 
-def _recorded_source(checkpoint: Path, record: GrowthRecord) -> Origin | str:
+def _recorded_source(checkpoint: Path, record: GrowthRecord, full: bool) -> Origin | str:
     """The source of a growth, or why it cannot be had."""
     recorded = Path(record.source)
     reasons = []
     for path in dict.fromkeys((recorded, checkpoint.resolve().parent / recorded.name)):
-        if not path.is_dir():
+        if not os.path.isdir(path):  # other than Path.is_dir it takes any text for a path
             reasons.append(f"the source {path} is no longer there")
             continue
         try:
@@ -130,7 +134,7 @@ def _recorded_source(checkpoint: Path, record: GrowthRecord) -> Origin | str:
         except CheckpointError as error:
             reasons.append(f"the source {path} is damaged: {error}")
             continue
-        if (problem := origin.problem()) is not None:
+        if (problem := origin.problem(full)) is not None:
             reasons.append(f"the source {path} is damaged: {problem}")
         elif origin.identity == record.source_manifest_sha256:
             return origin

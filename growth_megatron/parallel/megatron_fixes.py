@@ -23,9 +23,11 @@ def fix_megatron() -> None:
         return
     from megatron.core import optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
     from megatron.core.optimizer import distrib_optimizer
 
     _report_writes_within_the_process(filesystem_async)
+    _load_objects_as_data(MCoreLoadPlanner)
     _take_torchs_adam(optimizer, distrib_optimizer)
     optimizer_class = distrib_optimizer.DistributedOptimizer
     _allocate_state_before_state_dict(optimizer_class)
@@ -50,6 +52,20 @@ def _take_torchs_adam(optimizer_module: Any, distrib_module: Any) -> None:
     """
     optimizer_module.USING_PYTORCH_OPTIMIZER = True
     distrib_module.HAVE_APEX_OR_TE = False
+
+
+def _load_objects_as_data(planner_class: Any) -> None:
+    """``load_bytes`` unpickles a checkpoint's byte objects (``_extra_state``) freely, so they can run any code.
+
+    Can go when torch's ``DefaultLoadPlanner.load_bytes`` loads with ``weights_only=True``.
+    """
+    from torch.distributed.checkpoint._nested_dict import set_element
+
+    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
+
+    planner_class.load_bytes = load_bytes
 
 
 def allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from growth_megatron.checkpoint.folder.manifest import Manifest, checksum_files
+from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import ModelConfig, RunConfig
-from growth_megatron.errors import CheckpointError, ConfigError, GrowthMegatronError
+from growth_megatron.errors import CheckpointError, ConfigError, DamagedError, GrowthMegatronError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.parallel import collectives
@@ -25,25 +24,26 @@ from growth_megatron.parallel import collectives
 NEXT_LAYOUT_NAME = "next_layout.json"
 
 
-def contents_are_sound(choice: ResumeChoice) -> bool:
-    """Whether all files of the chosen checkpoint have their checksums; each rank reads a share of them."""
-    assert choice.path is not None
-    assert choice.manifest is not None
-    folder, expected = choice.path, choice.manifest.files
-    own = sorted(expected)[dist.get_rank() :: dist.get_world_size()]
-    found = collectives.on_all_ranks(lambda: checksum_files(folder, own))
-    return not collectives.any_rank(any(found[name] != expected[name] for name in own))
+def find_start(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
+    """What to go on from: the newest checkpoint whose contents have their checksums; all ranks share the summing."""
+    while True:
+        choice = collectives.on_rank_zero(lambda: open_run(directory, loaded))
+        if choice.path is None or choice.manifest is None:
+            return choice
+        try:
+            with summed_beside(choice.path, choice.manifest.files) as check:
+                check()
+            return choice
+        except DamagedError as error:
+            directory.refuse(choice.path, str(error))
 
 
-def open_run(directory: RunDirectory, loaded: LoadedConfig, full: bool = False) -> ResumeChoice:
-    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration.
-
-    With ``full`` a checkpoint must have its checksums, not only its sizes, to be chosen.
-    """
+def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
+    """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
     config = loaded.config
     _prepare(directory)
     recovered = directory.recover()
-    choice = directory.choose_resume(config.checkpoint.resume, full)
+    choice = directory.choose_resume(config.checkpoint.resume)
     for text in recovered:
         print(f"checkpoints: {text}", flush=True)
     for skipped in choice.skipped:

@@ -44,6 +44,7 @@ from growth_megatron.errors import (
     EXIT_OK,
     EXIT_STOPPED_EARLY,
     CheckpointError,
+    DamagedError,
     GrowthMegatronError,
 )
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
@@ -60,7 +61,7 @@ from growth_megatron.train.health import RollBack
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
-from growth_megatron.train.resume import NEXT_LAYOUT_NAME, contents_are_sound, open_run
+from growth_megatron.train.resume import NEXT_LAYOUT_NAME, find_start
 from growth_megatron.train.watchdog import Watchdog
 
 
@@ -84,9 +85,7 @@ def train(loaded: LoadedConfig) -> int:
     metrics: Metrics = NullMetrics()
     watchdog: Watchdog | None = None
     try:
-        choice = collectives.on_rank_zero(lambda: open_run(directory, loaded))
-        if choice.path is not None and not contents_are_sound(choice):
-            choice = collectives.on_rank_zero(lambda: open_run(directory, loaded, full=True))
+        choice = find_start(directory, loaded)
         log = open_rank_log(directory.path, rank)
         watchdog = Watchdog(log, config.run.timeout_s)
         loggers: list[Metrics] = []
@@ -137,19 +136,26 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
         if counters.ends_run(config):
             context.metrics.log("event", step=counters.step, event="done", message=_done_message(context, counters))
             return EXIT_OK
-        if manifest is not None and counters.ends_stage(config):
-            growth = _grow(context, choice, manifest)
-        else:
-            wanted = required_world_size(config, counters.stage, context.world_size)
-            if wanted != context.world_size:
-                return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
-            ended = _train_stage(context, choice, counters, growth)
-            growth = None
-            if isinstance(ended, RollBack):
-                choice, before = _roll_back(context, ended, rollbacks, counters.stage), None
-                continue
-            if not ended:
-                return EXIT_STOPPED_EARLY
+        try:
+            if manifest is not None and counters.ends_stage(config):
+                growth = _grow(context, choice, manifest)
+            else:
+                wanted = required_world_size(config, counters.stage, context.world_size)
+                if wanted != context.world_size:
+                    return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
+                ended = _train_stage(context, choice, counters, growth)
+                growth = None
+                if isinstance(ended, RollBack):
+                    choice, before = _roll_back(context, ended, rollbacks, counters.stage), None
+                    continue
+                if not ended:
+                    return EXIT_STOPPED_EARLY
+        except DamagedError as error:
+            assert choice.path is not None
+            context.directory.refuse(choice.path, str(error))
+            choice, growth, before = find_start(context.directory, context.loaded), None, None
+            _rewind(context, choice)
+            continue
         choice = collectives.on_rank_zero(lambda: context.directory.choose_resume("must"))
 
 
@@ -202,7 +208,11 @@ def _train_stage(
         engine.finish()
     else:
         engine.finish()
-        load_into_model(choice.path, engine.models, engine.optimizer)
+        try:
+            load_into_model(choice.path, engine.models, engine.optimizer)
+        except DamagedError:
+            engine.close()
+            raise
     context.metrics.log("event", step=counters.step, event="stage", message=_stage_message(context, counters, choice))
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)
@@ -230,6 +240,7 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     policy = choose(stage.growth).state_policy
     path = choice.path
     origin = collectives.on_all_ranks(lambda: checkpoint_origin(path, whole=False))  # seen to be when it was chosen
+    collectives.on_rank_zero(lambda: context.directory.make_way(manifest.step, grown=True))  # a damaged one
     with bytes_progress("growing") as progress:
 
         def report(done: int, total: int) -> None:

@@ -41,12 +41,12 @@ class DyingFiles(FileOperations):
         self._step()
         return super().link(source, target)
 
-    def copy(self, source: Path, target: Path) -> None:
+    def copy(self, source: Path, target: Path) -> str:
         self._step()
         if self.left == 0:
             target.write_bytes(source.read_bytes()[:7])
         self._step()
-        super().copy(source, target)
+        return super().copy(source, target)
 
     def symlink(self, link: Path, target: str) -> None:
         self._step()

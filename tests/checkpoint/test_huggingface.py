@@ -214,7 +214,7 @@ def test_an_index_with_missing_or_foreign_files_is_refused(tmp_path: Path) -> No
         HuggingFaceCheckpoint(tmp_path)
     (tmp_path / lost).write_bytes(content)
     edit_json(tmp_path / INDEX_NAME, weight_map={**index["weight_map"], "model.norm.weight": "../elsewhere"})
-    with pytest.raises(CheckpointError, match="outside of its folder; do not trust it"):
+    with pytest.raises(CheckpointError, match="names '../elsewhere', outside of its folder; do not trust it"):
         HuggingFaceCheckpoint(tmp_path)
     other = next(place for place in index["weight_map"].values() if place != lost)
     edit_json(tmp_path / INDEX_NAME, weight_map={**index["weight_map"], "model.norm.weight": other})
@@ -288,6 +288,28 @@ def test_buffers_of_older_releases_and_a_stored_tied_output_are_passed_over(tmp_
 def test_a_damaged_file_is_refused(plain: Path, spoil: Callable[[bytes], bytes], words: str) -> None:
     path = plain / SINGLE_NAME
     path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=words):
+        HuggingFaceCheckpoint(plain)
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        (-8, r"lies at \d+ to \d+, the tensor before it ends at \d+"),
+        (8, r"lies at \d+ to \d+, the tensor before it ends at \d+"),
+        (0, "8 bytes follow the last tensor"),
+    ],
+    ids=["over the tensor before it", "with a hole before it", "with something behind all"],
+)
+def test_tensors_that_overlap_or_lie_apart_are_refused(plain: Path, by: int, words: str) -> None:
+    """safetensors itself writes and reads one tensor right after the other."""
+    content = (plain / SINGLE_NAME).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    header[last]["data_offsets"] = [offset + by for offset in header[last]["data_offsets"]]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    (plain / SINGLE_NAME).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :] + bytes(8))
     with pytest.raises(CheckpointError, match=words):
         HuggingFaceCheckpoint(plain)
 

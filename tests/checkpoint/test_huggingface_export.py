@@ -16,15 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from growth_megatron.__main__ import main
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.huggingface import writer as huggingface_export
-from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, HuggingFaceCheckpoint
+from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.data.tokenizer import Tokenizer, train_tokenizer
-from growth_megatron.errors import CheckpointError
+from growth_megatron.errors import EXIT_USAGE, CheckpointError, GrowthError
 from growth_megatron.model.architecture import tensor_shapes
 from growth_megatron.model.reference import reference_logits
 from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSpec
@@ -147,6 +148,24 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="beyond 65504.*export as bfloat16"):
         export_huggingface(_Constant(model, 70000.0), model, tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_lies(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Hugging Face's folder to folder growth, where the rows that are looked at beforehand do not show it."""
+    write_llama(tmp_path / "hf", {})
+    tensors = safetensors_torch.load_file(tmp_path / "hf" / SINGLE_NAME)
+    tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = value
+    safetensors_torch.save_file(tensors, tmp_path / "hf" / SINGLE_NAME, metadata={"format": "pt"})
+    for target in (f"hf:{tmp_path / 'grown'}", str(tmp_path / "checkpoint")):
+        assert main(["grow", f"hf:{tmp_path / 'hf'}", target, "--set", "num_layers=4"]) == EXIT_USAGE
+        assert f"linear_fc2.weight is {value} at (5, 7)" in capsys.readouterr().err
+    source = HuggingFaceCheckpoint(tmp_path / "hf")
+    with pytest.raises(GrowthError, match=r"linear_fc2.weight is .* at \(5, 7\)"):
+        export_huggingface(source, source.geometry, tmp_path / "exported")
+    assert not {"grown", "checkpoint", "exported"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_memory_stays_at_some_blocks_however_large_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,8 +229,15 @@ def test_import_refuses_what_is_no_model_and_a_target_that_exists(imported: Path
     checkpoint = imported / "float32" / "checkpoint"
     assert main(["import-hf", str(tmp_path), str(tmp_path / "new")]) == EXIT_USAGE
     assert "config.json is missing" in capsys.readouterr().err
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "metadata.json").write_text("{}")
+    for more in ([], ["--overwrite"]):
+        assert main(["import-hf", str(imported / "float32" / "hf"), str(own), *more]) == EXIT_USAGE
+        assert "exists; name a new folder, or remove it yourself" in capsys.readouterr().err
+    assert list(own.iterdir()) == [own / "metadata.json"]
     assert main(["import-hf", str(imported / "float32" / "hf"), str(checkpoint)]) == EXIT_USAGE
-    assert "exists and is a valid checkpoint" in capsys.readouterr().err
+    assert "exists; name a new folder, add --overwrite" in capsys.readouterr().err
 
 
 def test_the_model_section_that_import_prints_is_that_of_the_model(tmp_path: Path, capsys: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common, read_metadata
 from growth_megatron.errors import CheckpointError
@@ -147,14 +148,27 @@ def test_data_that_calls_something_is_refused_and_not_run(tmp_path: Path) -> Non
     assert not marker.exists()
 
 
-def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_metadata_that_names_anything_but_data_files_within_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", geometry(2))
-    checkpoint = DistCheckpoint(tmp_path / "a")
-    for outside in ("../b/__0_0.distcp", "/etc/passwd"):
-        for info in checkpoint.metadata.storage_data.values():
-            info.relative_path = outside
+    metadata = read_metadata(tmp_path / "a")
+    for name in ("../b/__0_0.distcp", "/b/__0_0.distcp", "common.pt", ""):
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        (tmp_path / "a/.metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(CheckpointError, match="do not trust it"):
-            checkpoint.read(QKV)
+            read_metadata(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layers", [2**14 + 1, 2**40])
+def test_more_layers_than_any_model_has_are_refused_at_once(tmp_path: Path, layers: int) -> None:
+    write_checkpoint(tmp_path, geometry(2), stacked=True)
+    metadata = read_metadata(tmp_path)
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.size = torch.Size((layers, *entry.size[1:]))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=f"{layers} layers; allowed"):
+        DistCheckpoint(tmp_path)
 
 
 def test_a_truncated_or_missing_data_file_is_named(tmp_path: Path) -> None:

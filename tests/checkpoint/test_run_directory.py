@@ -11,6 +11,7 @@ import pytest
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import FileEntry, read_manifest, validate_checkpoint
 from growth_megatron.checkpoint.folder.run_directory import CheckpointName, RunDirectory
+from growth_megatron.checkpoint.origin import existing_folder
 from growth_megatron.errors import CheckpointError, ConfigError, NothingValidError
 from tests.checkpoint.dying_files import DyingFiles, Killed
 from tests.checkpoint.written import geometry, manifest_of
@@ -283,3 +284,16 @@ def test_a_manifest_of_another_folder_is_no_checkpoint_of_the_run(tmp_path: Path
     run.apply_retention(keep_last=1)
     assert run.checkpoints() == [path]
     assert (path.parent / "best").is_dir()
+
+
+def test_latest_is_followed_within_its_run_alone(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/checkpoints/step_00000002").mkdir(parents=True)
+    latest = tmp_path / "run/latest"
+    latest.symlink_to("checkpoints/step_00000002")
+    assert existing_folder(latest) == tmp_path / "run/checkpoints/step_00000002"
+    for outside in ("../elsewhere", str(tmp_path / "elsewhere")):
+        latest.unlink()
+        latest.symlink_to(outside)
+        with pytest.raises(CheckpointError, match="outside of its run; name that folder itself"):
+            existing_folder(latest)

@@ -230,7 +230,7 @@ def test_non_finite_constants_are_seen_too(tmp_path: Path) -> None:
         write(tmp_path / "a", Held({"w": torch.tensor([float("nan")]).expand(6, 5)}))
 
 
-@pytest.mark.parametrize("existing", ["valid", "file", "other"])
+@pytest.mark.parametrize("existing", ["valid", "file", "other", "with metadata.json"])
 def test_an_existing_target_is_refused_before_anything_is_read(tmp_path: Path, existing: str) -> None:
     target = tmp_path / "a"
     if existing == "valid":
@@ -239,19 +239,21 @@ def test_an_existing_target_is_refused_before_anything_is_read(tmp_path: Path, e
         target.write_text("mine")
     else:
         target.mkdir()
-        (target / "thesis.txt").write_text("mine")
+        (target / ("metadata.json" if "." in existing else "thesis.txt")).write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     source = ComputedSource(geometry(3))
-    with pytest.raises(CheckpointError, match="exists and is"):
+    with pytest.raises(CheckpointError, match="exists; name a new folder"):
         write(target, source)
     assert source.reads == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_damaged_checkpoint_is_replaced(tmp_path: Path) -> None:
+def test_a_checkpoint_is_replaced_where_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "a")
     (tmp_path / "a" / "common.pt").unlink()
-    write(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="add --overwrite to replace it"):
+        write(tmp_path / "a")
+    write(tmp_path / "a", overwrite=True)
     assert validate_checkpoint(tmp_path / "a", full=True) is None
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 

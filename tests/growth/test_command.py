@@ -200,7 +200,31 @@ def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     for name in ("file", "folder", "grown", "link", "source"):
         assert "exists; name a new folder" in _refused(source, tmp_path / name, "num_layers=6")
     assert "is not a folder" in _refused(source, tmp_path / "file" / "grown", "num_layers=6")
-    assert "lies within the source" in _refused(source, source / "grown", "num_layers=6")
+    assert "lie in one another" in _refused(source, source / "grown", "num_layers=6")
+
+
+def test_overwrite_replaces_a_checkpoint_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "grown"
+    _grow(source, target, "num_layers=6")
+    assert "add --overwrite to replace it" in _refused(source, target, "num_layers=4")
+    _grow(source, target, "num_layers=4", overwrite=True)
+    os.truncate(target / "common.pt", 5)  # damaged, but ours
+    _grow(source, target, "num_layers=5", overwrite=True, materialize=True)
+    assert read_manifest(target).geometry.num_layers == 5
+    assert validate_checkpoint(target, full=True) is None
+    (target / "notes.txt").write_text("mine")
+    assert "exists; name a new folder, or remove" in _refused(source, target, "num_layers=4", overwrite=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.json").write_text("{}")
+    assert "exists; name a new folder, or remove" in _refused(source, tmp_path / "data", "num_layers=4", overwrite=True)
+    inner = shutil.copytree(source, tmp_path / "outer/inner")
+    shutil.copytree(source, tmp_path / "outer", dirs_exist_ok=True)
+    manifest = read_manifest(source)
+    files = checksum_files(tmp_path / "outer", list_files(tmp_path / "outer"))
+    write_manifest(tmp_path / "outer", manifest.model_copy(update={"files": files}))
+    (inner / "manifest.json").unlink()
+    write_manifest(inner, manifest)
+    assert "lie in one another" in _refused(inner, tmp_path / "outer", "num_layers=4", overwrite=True)
 
 
 def test_an_empty_folder_serves_as_target(source: Path, tmp_path: Path) -> None:

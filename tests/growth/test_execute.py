@@ -104,7 +104,7 @@ def test_what_appears_at_the_target_meanwhile_is_not_replaced(source: Path, tmp_
         target.mkdir(exist_ok=True)
         (target / "mine").write_text("kept")
 
-    with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
+    with pytest.raises(CheckpointError, match="exists; name a new folder"):
         grow_checkpoint(source, target, _plan(WIDER), "carry", progress=meanwhile)
     assert (target / "mine").read_text() == "kept"
 

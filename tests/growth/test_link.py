@@ -267,21 +267,6 @@ def test_killed_at_any_file_operation_the_source_is_kept_and_a_rerun_completes(
     pytest.fail("the growth never ends")
 
 
-def test_a_damaged_target_is_replaced_and_a_valid_one_is_not(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
-    target = tmp_path / "target"
-    grow_checkpoint(source, target, plan, "carry")
-    with pytest.raises(CheckpointError, match="exists and is a valid checkpoint"):
-        grow_checkpoint(source, target, plan, "carry")
-    os.truncate(target / "common.pt", 5)
-    grow_checkpoint(source, target, plan, "carry")
-    assert validate_checkpoint(target, full=True) is None
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
-        grow_checkpoint(source, tmp_path / "home", plan, "carry")
-    assert (tmp_path / "home/thesis.tex").exists()
-
-
 def test_a_damaged_source_is_refused_and_nothing_is_written(source: Path, tmp_path: Path, plan: GrowthPlan) -> None:
     before = set(tmp_path.iterdir())
     size = (source / ".metadata").stat().st_size

@@ -15,8 +15,9 @@ holds a journal of the complete data files, which is gone before the rename.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from growth_megatron.checkpoint.folder.files import FileOperations
@@ -46,22 +47,30 @@ def temporary_path(final: Path) -> Path:
 def begin_folder(final: Path, files: FileOperations) -> Path:
     """An empty temporary folder for ``final``; what an earlier, unfinished attempt left is removed."""
     temporary = temporary_path(final)
-    if temporary.exists():
+    if os.path.lexists(temporary):
         files.remove_tree(temporary)
     files.make_directory(temporary)
     return temporary
 
 
-def exclusive(final: Path) -> AbstractContextManager[None]:
+@contextmanager
+def exclusive(final: Path) -> Iterator[None]:
     """Hold ``final`` for this process while it is written: two writers would ruin each other's temporary folder.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds it, or the file system refuses something to the body.
     """
     lock = final.parent / f".lock_{final.name}"
-    return locked(
-        lock, CheckpointError(f"another process is writing {final} (it holds {lock}); wait for it, or end it")
-    )
+    held = CheckpointError(f"another process is writing {final} (it holds {lock}); wait for it, or end it")
+    try:
+        with locked(lock, held):
+            yield
+    except BrokenPipeError:
+        raise  # of what reads our output
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {final}: {error.strerror or error} ({error.filename}); free space or name another folder"
+        ) from None
 
 
 def commit_folder(
@@ -128,7 +137,7 @@ def recover_folder(temporary: Path, files: FileOperations) -> str:
 def remove_folder(folder: Path, files: FileOperations) -> None:
     """Remove a checkpoint; it loses its name first, so a kill leaves no half-deleted checkpoint."""
     trash = folder.parent / f"{TRASH_PREFIX}{folder.name}"
-    if trash.exists():
+    if os.path.lexists(trash):
         files.remove_tree(trash)
     files.rename(folder, trash)
     files.remove_tree(trash)
@@ -138,11 +147,11 @@ def _take_name(temporary: Path, final: Path, files: FileOperations) -> None:
     if (temporary / JOURNAL_FOLDER).exists():
         files.remove_tree(temporary / JOURNAL_FOLDER)
     trash = final.parent / f"{TRASH_PREFIX}{final.name}"
-    if final.exists():
-        if trash.exists():
+    if os.path.lexists(final):
+        if os.path.lexists(trash):
             files.remove_tree(trash)
         files.rename(final, trash)
     files.rename(temporary, final)
     files.sync_directory(final.parent)
-    if trash.exists():
+    if os.path.lexists(trash):
         files.remove_tree(trash)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from growth_megatron import __version__
-from growth_megatron.checkpoint.folder.files import PARTIAL_SUFFIX, FileOperations
+from growth_megatron.checkpoint.folder.files import PARTIAL_SUFFIX, FileOperations, inside
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.config.section import NonNegativeFloat, NonNegativeInt
 from growth_megatron.errors import CheckpointError
@@ -95,7 +96,7 @@ class Manifest(_Strict):
     data_fingerprint: dict[str, Any] | None = None
     config_hash: str | None = None
     has_optimizer_state: bool = True
-    files: dict[str, FileEntry] = {}
+    files: dict[Annotated[str, AfterValidator(inside)], FileEntry] = {}
     multipliers: dict[str, Multipliers] = Field(
         {}, description="by model key with the layer number written *; absent: 1. What a carried width growth asks for"
     )
@@ -216,14 +217,15 @@ def checksum_files(folder: Path, names: Iterable[str], threads: int = 8) -> dict
     """
     ordered = list(names)
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        return dict(zip(ordered, pool.map(lambda name: _checksum(folder / name), ordered), strict=True))
+        return dict(zip(ordered, pool.map(lambda name: checksum(folder / name), ordered), strict=True))
 
 
-def _checksum(path: Path) -> FileEntry:
+def checksum(path: Path, stop: threading.Event | None = None) -> FileEntry:
+    """Size and checksum of a file; of what has been read when ``stop`` is set."""
     digest = hashlib.sha256()
     size = 0
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
+        while not (stop and stop.is_set()) and (block := file.read(_BLOCK_BYTES)):
             digest.update(block)
             size += len(block)
     return FileEntry(size_bytes=size, sha256=digest.hexdigest())

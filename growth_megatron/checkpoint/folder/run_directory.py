@@ -9,6 +9,8 @@ At a stage boundary a step has two checkpoints: what the stage ended with, ``ste
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -30,6 +32,9 @@ from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, read
 from growth_megatron.errors import CheckpointError, ConfigError, NothingValidError
 from growth_megatron.parallel.file_lock import locked
 
+_LOG = logging.getLogger(__name__)
+
+LATEST_NAME = "latest"
 _NAME = re.compile(r"step_(\d{8,})(_grown)?")
 
 
@@ -73,8 +78,9 @@ class RunDirectory:
     def __init__(self, path: str | Path, files: FileOperations | None = None) -> None:
         self.path = Path(path)
         self.checkpoints_path = self.path / "checkpoints"
-        self.latest_path = self.path / "latest"
+        self.latest_path = self.path / LATEST_NAME
         self._files = files or FileOperations()
+        self._refused: dict[Path, str] = {}
         self._lock = ExitStack()
 
     def lock(self) -> None:
@@ -92,6 +98,11 @@ class RunDirectory:
         """Folder of a step's checkpoint, whether it exists or not."""
         return self.checkpoints_path / str(CheckpointName(step, grown))
 
+    def make_way(self, step: int, grown: bool = False) -> None:
+        """Remove what stands at a step that has no valid checkpoint: the names of a run's checkpoints are its own."""
+        if os.path.lexists(self.checkpoint_path(step, grown)):
+            remove_folder(self.checkpoint_path(step, grown), self._files)
+
     def begin(self, step: int, grown: bool = False) -> Path:
         """Temporary folder, empty, into which the checkpoint of ``step`` is to be written before ``commit``."""
         return begin_folder(self.checkpoint_path(step, grown), self._files)
@@ -108,8 +119,12 @@ class RunDirectory:
         shutil.rmtree(temporary_path(self.checkpoint_path(step)), ignore_errors=True)
 
     def point_latest(self, checkpoint: Path) -> None:
-        """Let ``RUN/latest`` name a committed checkpoint. It is for people; nothing is decided by it."""
-        self._files.symlink(self.latest_path, f"{self.checkpoints_path.name}/{checkpoint.name}")
+        """Let ``RUN/latest`` name a committed checkpoint. It is for people: nothing is decided or ended by it."""
+        self._refused.pop(checkpoint, None)  # it has just been written anew
+        try:
+            self._files.symlink(self.latest_path, f"{self.checkpoints_path.name}/{checkpoint.name}")
+        except FileExistsError:
+            _LOG.warning("%s is left as it is: it is no link; remove it to have one there", self.latest_path)
         self._files.sync_directory(self.path)
 
     def checkpoints(self) -> list[Path]:
@@ -119,11 +134,18 @@ class RunDirectory:
         named = [(CheckpointName.parse(path.name), path) for path in self.checkpoints_path.iterdir()]
         return [path for name, path in sorted((n, p) for n, p in named if n is not None)][::-1]
 
+    def refuse(self, checkpoint: Path, reason: str) -> None:
+        """Pass ``checkpoint`` over from now on: its manifest is sound and sizes are right, yet it cannot be used."""
+        self._refused[checkpoint] = reason
+
+    def _problem(self, checkpoint: Path, full: bool = False) -> str | None:
+        return self._refused.get(checkpoint) or validate_checkpoint(checkpoint, full)
+
     def newest_valid(self, full: bool = False) -> tuple[Path | None, tuple[Skipped, ...]]:
         """The newest checkpoint that is whole, and the newer ones passed over; ``full`` sums all contents."""
         skipped: list[Skipped] = []
         for path in self.checkpoints():
-            reason = validate_checkpoint(path, full)
+            reason = self._problem(path, full)
             if reason is None:
                 return path, tuple(skipped)
             skipped.append(Skipped(path, reason))
@@ -136,7 +158,7 @@ class RunDirectory:
         left = sorted(self.checkpoints_path.iterdir())
         done = [recover_folder(path, self._files) for path in left if path.name.startswith(TEMPORARY_PREFIX)]
         for path in left:
-            if path.name.startswith(TRASH_PREFIX) and path.exists():
+            if path.name.startswith(TRASH_PREFIX) and os.path.lexists(path):
                 self._files.remove_tree(path)
                 done.append(f"removed {path.name}, left by an interrupted removal")
         newest, _ = self.newest_valid()
@@ -145,7 +167,7 @@ class RunDirectory:
             self.point_latest(newest)
         return tuple(done)
 
-    def choose_resume(self, mode: str, full: bool = False) -> ResumeChoice:
+    def choose_resume(self, mode: str) -> ResumeChoice:
         """What ``checkpoint.resume`` means for this run as it stands.
 
         ``auto`` goes on from the newest valid checkpoint, or starts; ``must`` never starts; ``never`` always starts and
@@ -159,9 +181,9 @@ class RunDirectory:
         """
         if mode == "never":
             return self._start_afresh()
-        own, skipped = self.newest_valid(full)
+        own, skipped = self.newest_valid()
         if mode not in ("auto", "must"):
-            return self._resume_from(Path(mode), own, skipped, full)
+            return self._resume_from(Path(mode), own, skipped)
         if own is None and skipped:
             raise _nothing_valid(self.checkpoints_path, skipped)
         if own is None and mode == "must":
@@ -183,7 +205,7 @@ class RunDirectory:
         valid_seen = 0
         removed: list[Path] = []
         for path in self.checkpoints():
-            valid_seen += validate_checkpoint(path) is None
+            valid_seen += self._problem(path) is None
             name = CheckpointName.parse(path.name)
             permanent = keep_every_steps is not None and name is not None and name.step % keep_every_steps == 0
             is_recent = valid_seen <= max(keep_last, 1)
@@ -203,31 +225,33 @@ class RunDirectory:
             )
         return ResumeChoice(None, None)
 
-    def _resume_from(self, origin: Path, own: Path | None, skipped: tuple[Skipped, ...], full: bool) -> ResumeChoice:
+    def _resume_from(self, origin: Path, own: Path | None, skipped: tuple[Skipped, ...]) -> ResumeChoice:
         if not origin.is_dir():
             raise CheckpointError(
                 f"checkpoint.resume: {origin} is not a folder; allowed: auto, must, never, or the path of a checkpoint "
                 "or of a run directory"
             )
         if origin.resolve().parent == self.checkpoints_path.resolve():
-            return self._resume_from_own(origin, full)
+            return self._resume_from_own(origin)
         if own is not None:
             return ResumeChoice(own, read_manifest(own), skipped)
         if skipped:
             raise _nothing_valid(self.checkpoints_path, skipped)
         if (origin / "checkpoints").is_dir():
-            newest, passed_over = RunDirectory(origin).newest_valid(full)
+            other = RunDirectory(origin)
+            other._refused = self._refused
+            newest, passed_over = other.newest_valid()
             if newest is None:
                 raise _nothing_valid(origin / "checkpoints", passed_over)
             return ResumeChoice(newest, read_manifest(newest), passed_over)
-        reason = validate_checkpoint(origin, full)
+        reason = self._problem(origin)
         if reason is not None:
             raise CheckpointError(f"checkpoint.resume: cannot resume from {origin}: {reason}")
         return ResumeChoice(origin, read_manifest(origin))
 
-    def _resume_from_own(self, origin: Path, full: bool) -> ResumeChoice:
+    def _resume_from_own(self, origin: Path) -> ResumeChoice:
         """Going back within a run would leave newer checkpoints that a later ``auto`` takes for its own."""
-        reason = validate_checkpoint(origin, full)
+        reason = self._problem(origin)
         if reason is not None:
             raise CheckpointError(f"checkpoint.resume: cannot resume from {origin}: {reason}")
         newer = [path.name for path in self.checkpoints() if _order(path) > _order(origin.resolve())]

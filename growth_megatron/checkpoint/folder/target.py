@@ -10,34 +10,38 @@ import os
 import shutil
 from pathlib import Path
 
-from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, REQUIRED_FILES, validate_checkpoint
+from growth_megatron.checkpoint.folder.manifest import list_files, read_manifest
 from growth_megatron.config.units import format_bytes
 from growth_megatron.errors import CheckpointError
 
 
-def check_new(target: Path, source: Path | None = None) -> None:
-    """Raises CheckpointError unless ``target`` can be made: nothing is there, and not within ``source``."""
+def check_new(target: Path, source: Path | None = None, overwrite: bool | None = None) -> None:
+    """Raises CheckpointError unless ``target`` can be made, and does not lie within ``source`` nor the other way round.
+
+    Args:
+        overwrite: whether a checkpoint of this library may stand there, to be replaced; None: it cannot be asked for.
+    """
     if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{target} exists; name a new folder, or remove it yourself")
-    if source is not None and target.absolute().resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{target} lies within the source {source}; name a folder outside of it")
+        replaceable = overwrite is not None and _is_ours(target)
+        if not (replaceable and overwrite):
+            remedy = ", add --overwrite to replace it" if replaceable else ""
+            raise CheckpointError(f"{target} exists; name a new folder{remedy}, or remove it yourself")
+    if source is not None:
+        here, there = target.absolute().resolve(), source.resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise CheckpointError(f"{target} and the source {source} lie in one another; name a folder outside of it")
     above = nearest_parent(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = "cannot be written to" if above.is_dir() else "is not a folder"
         raise CheckpointError(f"cannot make {target}: {above} {what}; name another folder")
 
 
-def check_replaceable(target: Path) -> None:
-    """Raises CheckpointError if something stands at ``target`` that is not a damaged checkpoint."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target} exists and is a file; choose another target")
-    if validate_checkpoint(target) is None:
-        raise CheckpointError(f"{target} exists and is a valid checkpoint; choose another target or remove it")
-    known = (MANIFEST_NAME, *REQUIRED_FILES)
-    if any(target.iterdir()) and not any((target / name).exists() for name in known):
-        raise CheckpointError(f"{target} exists and is not a checkpoint; choose another target")
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds what its sound manifest says and nothing else, so that nobody's work is lost with it."""
+    try:
+        return not folder.is_symlink() and read_manifest(folder).files.keys() >= set(list_files(folder))
+    except CheckpointError:
+        return False
 
 
 def check_room(target: Path, needed_bytes: int, why: str = "") -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from growth_megatron.checkpoint.folder.files import expected_in, inside
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, geometry_of_config, read_config
 from growth_megatron.checkpoint.huggingface.layout import EMBEDDING, OUTPUT, huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
@@ -46,7 +48,8 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
-        self.geometry = geometry_of_config(self.config, self.path / CONFIG_NAME)
+        with expected_in(self.path / CONFIG_NAME):
+            self.geometry = geometry_of_config(self.config, self.path / CONFIG_NAME)
         self._files = _open_files(self.path)
         self._shapes = tensor_shapes(self.geometry)
         self._check_tensors()
@@ -162,7 +165,7 @@ def _open_files(folder: Path) -> Mapping[str, SafetensorsFile]:
     if not index.is_file():
         raise _no_weights(folder)
     places = _read_index(index)
-    if absent := sorted({name for name in places.values() if not (folder / name).is_file()}):
+    if absent := sorted({name for name in places.values() if not os.path.isfile(folder / name)}):
         raise CheckpointError(f"{index} names {listed(absent, 4, ', ')}, not in the folder; fetch the missing files")
     files = {name: SafetensorsFile(folder / name) for name in sorted(set(places.values()))}
     if wrong := [name for name, place in places.items() if name not in files[place].tensors]:
@@ -176,12 +179,9 @@ def _read_index(path: Path) -> dict[str, str]:
         places = json.loads(path.read_bytes())["weight_map"]
         if not all(isinstance(place, str) for place in places.values()):
             raise TypeError("weight_map holds something other than file names")
+        return {name: inside(place) for name, place in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index of safetensors files ({error}); fetch it again") from None
-    for place in places.values():
-        if Path(place).name != place:
-            raise CheckpointError(f"{path} names {place}, outside of its folder; do not trust it")
-    return dict(places)
 
 
 def _no_weights(folder: Path) -> CheckpointError:

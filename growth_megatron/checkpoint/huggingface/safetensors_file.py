@@ -101,12 +101,13 @@ class SafetensorsFile:
         try:
             fields: dict[str, Any] = json.loads(self.header)
             fields.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in fields.items():
+            tensors, position = {}, 0
+            for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
                 shape = tuple(int(size) for size in entry["shape"])
                 begin, end = (int(offset) for offset in entry["data_offsets"])
-                if not 0 <= begin <= end or any(size < 0 for size in shape):
-                    raise ValueError(f"{name} lies at {begin} to {end}")
+                if begin != position or end < begin or any(size < 0 for size in shape):
+                    raise ValueError(f"{name} lies at {begin} to {end}, the tensor before it ends at {position}")
+                position = end
                 dtype = DTYPES.get(entry["dtype"])
                 if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name} {shape} has {end - begin} bytes")
@@ -116,6 +117,8 @@ class SafetensorsFile:
                         "it is cut short, fetch it again"
                     )
                 tensors[name] = StoredTensor(str(entry["dtype"]), shape, start + begin)
+            if rest := self.size_bytes - start - position:
+                raise ValueError(f"{rest} bytes follow the last tensor")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path} has a damaged header ({error}); fetch it again") from None
         return tensors

@@ -81,7 +81,7 @@ def check_tokenizer(folder: Path, tokenizer: Path) -> int:
         ExportMismatchError: one for which it does not.
     """
     transformers = _transformers()
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(tokenizer)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), Tokenizer(tokenizer)
     for text in _TEXTS:
         found, expected = theirs(text, add_special_tokens=False).input_ids, ours.encode(text)
         if found != expected:
@@ -103,7 +103,9 @@ def _transformers() -> Any:
 def _logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     transformers = _transformers()
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False
+        )
     except (ValueError, OSError, RuntimeError) as error:
         raise ExportMismatchError(f"{folder}: transformers cannot load it ({error}); do not use the export") from None
     model, report = loaded

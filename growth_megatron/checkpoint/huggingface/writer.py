@@ -25,13 +25,14 @@ from growth_megatron.checkpoint.folder.target import check_new, check_room
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, config_of_geometry
 from growth_megatron.checkpoint.huggingface.layout import huggingface_shapes, row_ranges
 from growth_megatron.checkpoint.huggingface.reader import INDEX_NAME, SINGLE_NAME, HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface.safetensors_file import FileLayout, lay_out, tensor_bytes
+from growth_megatron.checkpoint.huggingface.safetensors_file import DTYPES, FileLayout, lay_out, tensor_bytes
 from growth_megatron.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
+from growth_megatron.checkpoint.torch_dist.chunk_planner import refuse_non_finite
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError
 from growth_megatron.model.architecture import EMBEDDING, tensor_shapes
-from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSource, TensorSpec
+from growth_megatron.model.tensors import MASTER_PREFIX, Region, TensorSource, TensorSpec, whole
 
 SHARD_BYTES = 5_000_000_000
 
@@ -62,6 +63,11 @@ class ExportedWeights:
         self._shapes = tensor_shapes(geometry)
         stored = set(source.keys())
         wrong = [f"{key} is missing" for key in self._shapes if key not in stored]
+        wrong += [
+            f"{key} is of {source.spec(key).dtype}"
+            for key in self._shapes
+            if key in stored and source.spec(key).dtype not in DTYPES.values()
+        ]
         wrong += [
             f"{key} is {source.spec(key).shape}, not {shape}"
             for key, shape in self._shapes.items()
@@ -108,6 +114,7 @@ def export_huggingface(
     tokenizer: Path | None = None,
     files: FileOperations | None = None,
     progress: Callable[[int, int], None] | None = None,
+    source_is_sound: Callable[[], None] | None = None,
 ) -> ExportResult:
     """Write ``source`` as the new Hugging Face folder ``target``; it appears whole or not at all.
 
@@ -117,10 +124,12 @@ def export_huggingface(
         tokenizer: a SentencePiece model, or a Hugging Face folder whose tokenizer files are copied; default: those of
             the source, if it is such a folder.
         progress: called with the bytes written and all of them.
+        source_is_sound: called before the commit; raises if what was read is not what was saved.
 
     Raises:
         CheckpointError: before anything is written, if the target exists, space is short, the source does not hold this
             model, transformers has no such model, or the tokenizer does not fit; later, if writing fails.
+        GrowthError: a value is not finite.
     """
     started = time.monotonic()
     files = files or FileOperations()
@@ -143,6 +152,8 @@ def export_huggingface(
                 files.write(folder / name, content)
             for name, path in chosen.copied.items():
                 files.copy(path, folder / name)
+            if source_is_sound is not None:
+                source_is_sound()
             for shard in shards:
                 files.sync_file(folder / shard.name)
             files.sync_directory(folder)
@@ -230,7 +241,9 @@ def _write(
         count = max(1, _BLOCK_BYTES // row_bytes)
         for start in range(0, rows, count):
             stop = min(start + count, rows)
-            block = weights.read(key, (slice(start, stop), *(slice(0, size) for size in spec.shape[1:])))
+            region = (slice(start, stop), *whole(spec.shape[1:]))
+            block = weights.read(key, region)
+            refuse_non_finite(key, region, block)
             content = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
             position = 0
             for part in parts:

@@ -164,7 +164,7 @@ class ChunkPlanner(SavePlanner):
             )
         values = _compact(values)
         if self._check_finite:
-            _refuse_non_finite(key, region, values)
+            refuse_non_finite(key, region, values)
         return values
 
 
@@ -178,7 +178,8 @@ def _compact(values: torch.Tensor) -> torch.Tensor:
     return values.clone(memory_format=torch.contiguous_format)
 
 
-def _refuse_non_finite(key: str, region: Region, values: torch.Tensor) -> None:
+def refuse_non_finite(key: str, region: Region, values: torch.Tensor) -> None:
+    """Raises GrowthError unless all ``values``, which are ``region`` of a tensor and of its shape, are finite."""
     if not values.is_floating_point() or not values.numel():
         return
     sample = values[(slice(0, 1),) * values.dim()] if is_constant(values) else values

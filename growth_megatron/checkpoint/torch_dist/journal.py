@@ -128,7 +128,7 @@ class Journal:
                 }
                 size = (self.temporary / name).stat().st_size
                 is_sound = note["fingerprint"] == self._fingerprint and size == entry.size_bytes
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
             is_planned = all(self._planned.get(index) == described for index, (described, _, _) in found.items())
             if is_sound and is_planned and not taken & found.keys():

@@ -11,6 +11,7 @@ rules apply to.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
@@ -25,15 +27,30 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
-from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, damage, read_common
 from growth_megatron.config.words import listed
-from growth_megatron.errors import CheckpointError
+from growth_megatron.errors import CheckpointError, DamagedError
 from growth_megatron.model.tensors import TensorSource
+from growth_megatron.parallel.collectives import on_all_ranks
 
 FORMAT: Mapping[str, Any] = MappingProxyType(
     {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 )
+
+_DAMAGE = (
+    CheckpointException,
+    CheckpointingException,
+    pickle.UnpicklingError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+)
+"""What loading wrong contents raises. Memory and communication that fail raise RuntimeError, and are no damage."""
 
 
 def load_from_source(source: TensorSource, models: Sequence[MegatronModule]) -> None:
@@ -55,24 +72,46 @@ def load_into_model(
 
     Strict both ways: every tensor of the model is in the checkpoint with its global shape, and the other way round.
 
-    Raises: CheckpointError naming the tensors that do not fit.
+    Raises:
+        CheckpointError: naming the tensors that do not fit.
+        DamagedError: its contents cannot be loaded, alike on all ranks.
     """
-    stored = DistCheckpoint(directory)
+    stored = on_all_ranks(lambda: DistCheckpoint(directory))
     form = {**FORMAT, "non_homogeneous_layers": not stored.is_stacked}
     model = model_state(models, form)
     state: dict[str, Any] = {"model": model}
-    _check_shapes(stored, _tensor_shards(model))
+    on_all_ranks(lambda: _check_shapes(stored, _tensor_shards(model)))
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(form))
+    on_all_ranks(lambda: read_common(directory))  # says what is wrong with it
+    try:
+        _load(directory, models, optimizer, state)
+    except _DAMAGE as error:
+        reason = _reason(error)
+        raise DamagedError(f"{directory} cannot be loaded, though all is there ({reason}); use another one") from None
+
+
+def _load(
+    directory: Path, models: Sequence[MegatronModule], optimizer: MegatronOptimizer | None, state: dict[str, Any]
+) -> None:
     strategy: Any = get_default_load_sharded_strategy(str(directory))
     if parallel_state.get_data_parallel_world_size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
     strict = StrictHandling.RAISE_ALL if optimizer is not None else StrictHandling.RAISE_UNEXPECTED
     loaded = dist_checkpointing.load(state, str(directory), strategy, strict=strict)
-    for name, chunk in zip(model, models, strict=True):
+    for name, chunk in zip(state["model"], models, strict=True):
         chunk.load_state_dict(loaded["model"][name])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on the lowest rank where it did; goes on raising what is no damage."""
+    if isinstance(error, CheckpointException):
+        error = error.failures[min(error.failures)][0]
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise error
+    return damage(error)
 
 
 def model_state(models: Sequence[MegatronModule], form: Mapping[str, Any] = FORMAT) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from growth_megatron.checkpoint.folder.files import inside
 from growth_megatron.checkpoint.torch_dist.stored_chunk import (
     FileSlice,
     NotPlainError,
@@ -36,12 +38,15 @@ from growth_megatron.checkpoint.torch_dist.stored_chunk import (
     read_element,
     read_region,
 )
-from growth_megatron.errors import CheckpointError
+from growth_megatron.config.schema import MAX_LAYERS
+from growth_megatron.errors import CheckpointError, DamagedError
 from growth_megatron.model.architecture import LAYER_PREFIX
 from growth_megatron.model.tensors import Region, TensorSpec, check_region, constant, whole
 
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
+DATA_SUFFIX = ".distcp"
+"""Ending of the data files, and of no other file: a growth links them, and writes the others anew."""
 
 _DCP = "torch.distributed.checkpoint."
 _METADATA_CLASSES = {
@@ -66,6 +71,7 @@ _METADATA_CLASSES = {
     "collections": {"OrderedDict"},
 }
 _LOCATIONS_KEPT = 4096
+_MAX_BYTES = 1 << 62
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.\d+\.")
 
@@ -128,15 +134,11 @@ class DistCheckpoint:
         """Whether the layers of a tensor are stored along its first axis."""
         return any(stored.layer is not None for stored in self._tensors.values())
 
-    def data_files(self) -> list[str]:
-        """Relative names of the files that hold its tensors.
-
-        Raises:
-            CheckpointError: one outside of the folder.
-        """
-        tensors = {stored.key for stored in self._tensors.values()}
-        infos = [info for index, info in (self.metadata.storage_data or {}).items() if index.fqn in tensors]
-        return sorted({self._data_path(info).relative_to(self.path).as_posix() for info in infos})
+    def data_files(self, keys: Iterable[str] | None = None) -> list[str]:
+        """Relative names of the files that hold its tensors, or those of ``keys``."""
+        tensors = {self._locate(key).key for key in (self._tensors if keys is None else keys)}
+        infos = [info for index, info in self.metadata.storage_data.items() if index.fqn in tensors]
+        return sorted({info.relative_path for info in infos})
 
     def spec(self, key: str) -> TensorSpec:
         """Global shape and stored type. Raises CheckpointError for a tensor that is not there."""
@@ -161,11 +163,14 @@ class DistCheckpoint:
         chunks = stored.entry.chunks
         overlaps = [overlap for chunk in chunks if (overlap := _overlap(stored.key, chunk, within)) is not None]
         if sum(math.prod(part.stop - part.start for part in overlap.here) for overlap in overlaps) != math.prod(sizes):
-            raise CheckpointError(f"{self.path}: {key} is stored with holes or overlaps; the checkpoint is damaged")
+            raise DamagedError(f"{self.path}: {key} is stored with holes or overlaps; the checkpoint is damaged")
         element = self._constant(overlaps, spec.dtype)
         if element is not None:
             return constant(element, sizes if stored.layer is None else sizes[1:])
-        out = torch.empty(sizes, dtype=spec.dtype)
+        try:
+            out = torch.empty(sizes, dtype=spec.dtype)
+        except RuntimeError:
+            raise CheckpointError(f"{self.path}: {key} of {sizes} does not fit in memory; is it damaged?") from None
         for overlap in overlaps:
             self._read_overlap(overlap, out[overlap.there])
         return out if stored.layer is None else out[0]
@@ -185,19 +190,13 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.path} holds no tensor {key}; its keys: growth-megatron inspect") from None
 
     def _storage(self, index: MetadataIndex) -> _StorageInfo:
-        info: _StorageInfo | None = (self.metadata.storage_data or {}).get(index)
+        info: _StorageInfo | None = self.metadata.storage_data.get(index)
         if info is None:
             raise CheckpointError(f"{self.path}: {METADATA_NAME} does not say where {index.fqn} {index.offset} lies")
         return info
 
-    def _data_path(self, info: _StorageInfo) -> Path:
-        relative = PurePosixPath(info.relative_path)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise CheckpointError(f"{self.path / METADATA_NAME} names {relative}, outside of it; do not trust it")
-        return self.path / relative
-
     def _open(self, info: _StorageInfo) -> IO[bytes]:
-        path = self._data_path(info)
+        path = self.path / info.relative_path
         try:
             return io.BufferedReader(FileSlice(path, info.offset, info.length))
         except OSError as error:
@@ -208,7 +207,7 @@ class DistCheckpoint:
         first: torch.Tensor | None = None
         for overlap in overlaps:
             info = self._storage(overlap.index)
-            path = self._data_path(info)
+            path = self.path / info.relative_path
             try:
                 stored = self._located(path, info.offset, info.length)
                 if not stored.is_constant or stored.dtype != dtype or stored.shape != tuple(overlap.sizes):
@@ -224,7 +223,7 @@ class DistCheckpoint:
 
     def _read_overlap(self, overlap: _Overlap, out: torch.Tensor) -> None:
         info = self._storage(overlap.index)
-        path = self._data_path(info)
+        path = self.path / info.relative_path
         try:
             stored = self._located(path, info.offset, info.length)
             if stored.shape != tuple(overlap.sizes):
@@ -243,12 +242,11 @@ class DistCheckpoint:
         except CheckpointError:
             raise
         except Exception as error:  # torch.load of damaged bytes can fail in any way
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{self.path / info.relative_path}: {key} at byte {info.offset} is damaged ({reason})"
+            raise DamagedError(
+                f"{self.path / info.relative_path}: {key} at byte {info.offset} is damaged ({damage(error)})"
             ) from None
         if not isinstance(data, torch.Tensor) or data.shape != sizes:
-            raise CheckpointError(f"{self.path / info.relative_path}: {key} at byte {info.offset} is not of {sizes}")
+            raise DamagedError(f"{self.path / info.relative_path}: {key} at byte {info.offset} is not of {sizes}")
         return data.detach()
 
 
@@ -273,28 +271,56 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """torch DCP's ``.metadata`` of a checkpoint, by an unpickler that knows only the classes of that file.
 
     Raises:
-        CheckpointError: missing, damaged, or naming anything else.
+        CheckpointError: missing.
+        DamagedError: damaged, or naming anything else.
     """
     path = checkpoint / METADATA_NAME
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        if isinstance(metadata, Metadata):
+            _check_metadata(metadata)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing; {checkpoint} is not a torch_dist checkpoint") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from None
+        raise DamagedError(f"{path} {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+        raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+        raise DamagedError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
     return metadata
+
+
+def _check_metadata(metadata: Metadata) -> None:
+    """Raises if something in it is not as torch DCP writes it, is no name of a data file, or is beyond all sizes."""
+    for info in metadata.storage_data.values():
+        if not (0 <= int(info.offset) < _MAX_BYTES and 0 <= int(info.length) < _MAX_BYTES):
+            raise ValueError(f"it names {info.length} bytes from {info.offset}, where no file has any")
+    for name in {info.relative_path for info in metadata.storage_data.values()}:
+        if not inside(name).endswith(DATA_SUFFIX):
+            raise ValueError(f"it names {name!r}, which is no data file (*{DATA_SUFFIX}); do not trust it")
+    for key, entry in metadata.state_dict_metadata.items():
+        offsets = [None] if isinstance(entry, BytesStorageMetadata) else [chunk.offsets for chunk in entry.chunks]
+        if any(MetadataIndex(key, offset) not in metadata.storage_data for offset in offsets):
+            raise ValueError(f"it does not say where {key} lies")
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        axes = {len(entry.size), *(len(sizes) for chunk in entry.chunks for sizes in (chunk.offsets, chunk.sizes))}
+        dtype = entry.properties.dtype
+        if len(axes) > 1 or not isinstance(entry.size, torch.Size) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"it does not describe {key} as a tensor")
+        if dtype.is_complex:
+            raise ValueError(f"it says that {key} is complex")
+        if is_stacked(key) and entry.size[0] > MAX_LAYERS:
+            raise ValueError(f"it says that {key} has {entry.size[0]} layers; allowed: {MAX_LAYERS}")
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:
     """``common.pt``: what is not sharded, such as the optimizer's step and parameter groups.
 
     Raises:
-        CheckpointError: missing, damaged, or holding classes outside megatron-core's list of safe ones.
+        CheckpointError: missing.
+        DamagedError: damaged, or holding classes outside megatron-core's list of safe ones.
     """
     path = checkpoint / COMMON_NAME
     try:
@@ -308,12 +334,19 @@ def read_common(checkpoint: Path) -> dict[str, Any]:
                 common = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; {checkpoint} is not a complete checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be loaded safely ({reason})") from None
+    except Exception as error:  # torch.load of damaged bytes can fail in any way
+        raise DamagedError(f"{path} cannot be loaded safely ({damage(error)})") from None
     if not isinstance(common, dict):
-        raise CheckpointError(f"{path} holds a {type(common).__name__}, not a dictionary")
+        raise DamagedError(f"{path} holds a {type(common).__name__}, not a dictionary")
     return common
+
+
+def damage(error: BaseException) -> str:
+    """What torch.load found wrong, in a line and without torch's advice to trust the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return f"refers to {found[1]}; do not trust it" if found else "is nothing that torch.save writes of data"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class _MetadataUnpickler(pickle.Unpickler):

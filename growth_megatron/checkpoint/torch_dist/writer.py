@@ -31,7 +31,7 @@ from growth_megatron.checkpoint.folder.commit import (
 )
 from growth_megatron.checkpoint.folder.files import FileOperations
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, FileEntry, Manifest
-from growth_megatron.checkpoint.folder.target import check_replaceable, check_room, free_bytes
+from growth_megatron.checkpoint.folder.target import check_new, check_room, free_bytes
 from growth_megatron.checkpoint.torch_dist.chunk_planner import ChunkPlanner, plan_items
 from growth_megatron.checkpoint.torch_dist.data_files import (
     ParallelWriter,
@@ -41,7 +41,7 @@ from growth_megatron.checkpoint.torch_dist.data_files import (
 )
 from growth_megatron.checkpoint.torch_dist.journal import Journal, item_bytes
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
-from growth_megatron.errors import GrowthError, GrowthMegatronError
+from growth_megatron.errors import DamagedError, GrowthError, GrowthMegatronError
 from growth_megatron.model.tensors import TensorSource, is_constant
 from growth_megatron.parallel.collectives import all_gather, on_all_ranks, on_rank_zero, rank, world_size
 
@@ -88,6 +88,8 @@ def write_checkpoint(
     files: FileOperations | None = None,
     progress: Callable[[int, int], None] | None = None,
     check_finite: bool = True,
+    overwrite: bool = False,
+    source_is_sound: Callable[[], None] | None = None,
 ) -> WriteResult:
     """Write all tensors of ``source`` as the checkpoint ``target``; atomic, and to be given again after a kill.
 
@@ -106,14 +108,16 @@ def write_checkpoint(
         file_bytes: size at which a data file is closed.
         progress: called with the bytes done and in all, of this rank; those taken over count for rank 0.
         check_finite: refuse values that are not finite.
+        overwrite: whether a checkpoint at ``target`` may be replaced.
+        source_is_sound: called on all ranks before the commit; raises if what was read is not what was saved.
 
     Raises, alike on all ranks:
         CheckpointError: ``target`` exists, no space, or the source or the disk fails. What is complete is kept.
-        GrowthError: a value is not finite; the attempt is removed.
+        GrowthError, DamagedError: a value is not finite, or the source is not sound; the attempt is removed.
     """
     started = time.perf_counter()
     files, objects = files or FileOperations(), objects or {}
-    on_rank_zero(lambda: check_replaceable(target))
+    on_rank_zero(lambda: check_new(target, overwrite=overwrite))
     items = on_all_ranks(lambda: plan_items(source, objects, chunk_bytes))
     journal = Journal(target, fingerprint, items, files)
     left = journal.left(items)
@@ -124,14 +128,16 @@ def write_checkpoint(
     storage = ParallelWriter(journal, files, writers, file_bytes, meter.add)
     try:
         _save(storage, ChunkPlanner(source, objects, items, part, check_finite))
-    except GrowthError:
+        if source_is_sound is not None:
+            source_is_sound()
+    except (GrowthError, DamagedError):
         if rank() == 0:
             files.remove_tree(journal.temporary)
         raise
     finished = [journal.resumed, *all_gather(storage.finished)]
     entries = {name: file.entry for some in finished for name, file in some.items()}
     small = {FORMAT_NAME: FORMAT, **(extra_files or {}), COMMON_NAME: saved(dict(common))}
-    complete = on_rank_zero(lambda: _commit(target, manifest, small, entries, journal, files))
+    complete = on_rank_zero(lambda: _commit(target, overwrite, manifest, small, entries, journal, files))
     in_all = complete.total_bytes + (target / MANIFEST_NAME).stat().st_size
     return WriteResult(
         target, complete, in_all - journal.bytes_resumed, journal.bytes_resumed, time.perf_counter() - started
@@ -140,6 +146,7 @@ def write_checkpoint(
 
 def _commit(
     target: Path,
+    overwrite: bool,
     manifest: Manifest,
     small: Mapping[str, bytes],
     entries: Mapping[str, FileEntry],
@@ -150,7 +157,7 @@ def _commit(
     for name, content in small.items():
         files.make_directory((journal.temporary / name).parent)
         files.write(journal.temporary / name, content)
-    check_replaceable(target)  # again: writing takes its time, and the commit replaces what stands there
+    check_new(target, overwrite=overwrite)  # again: writing takes its time, and the commit replaces what stands there
     return commit_folder(target, manifest, files, entries)
 
 
