@@ -22,12 +22,11 @@ from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
 from growth_megatron.commands.growth_forecast import forecast, render_forecast, render_map
 from growth_megatron.commands.growth_request import GrowthRequest
-from growth_megatron.config.lines import model_section
+from growth_megatron.commands.train_file import write_train_file
 from growth_megatron.config.progress_bar import BytesCallback, bytes_progress
 from growth_megatron.config.units import format_bytes
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.checked import CheckedGrowth, check_growth
-from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.execute import GrowthResult, carry_out
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
@@ -89,7 +88,7 @@ def grow(
                     verify_source=verify_source,
                     progress=progress if first else None,
                 )
-                lines = _done_lines(result, origin, verify_source)
+                lines = on_rank_zero(lambda: _done_lines(result, origin, verify_source))
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error} ({error.filename})") from None
     if first:
@@ -204,23 +203,5 @@ def _done_lines(result: GrowthResult, origin: Origin, verify_source: bool) -> li
         notes.append(f"{format_bytes(result.bytes_copied)} of them copied data")
     if result.bytes_resumed:
         notes.append(f"{format_bytes(result.bytes_resumed)} taken over from an interrupted attempt")
-    geometry = result.manifest.geometry
-    done = f"grew {result.path} in {result.seconds:.2f} s: {', '.join(notes)}"
-    if not origin.is_of_a_run:  # no configuration of ours yet
-        return [
-            done,
-            f"train it with checkpoint.resume={result.path}, a new run.directory and",
-            *model_section(geometry),
-        ]
-    before = result.manifest.lineage[-1].source_geometry
-    sizes = {key: getattr(geometry, key) for key in (*GEOMETRY_FIELDS, "norm_epsilon", "tie_embeddings")}
-    changed = [key for key, size in sizes.items() if size != getattr(before, key)]
-    if geometry.head_dim * geometry.num_attention_heads != geometry.hidden_size and "head_dim" not in changed:
-        changed.append("head_dim")  # the default, hidden size over heads, is not it
-    settings = " ".join(f"model.{key}={str(sizes[key]).lower()}" for key in changed)
-    return [
-        done,
-        f"go on with: growth-megatron train CONFIG.yaml checkpoint.resume={result.path} {settings}".rstrip() + " "
-        f"run.directory=NEW (its first stage starts at step 0 of its schedule; step {result.manifest.step:,}, tokens "
-        "and data position count on)",
-    ]
+    lines = write_train_file(result.path, result.manifest.geometry, origin)
+    return [f"grew {result.path} in {result.seconds:.2f} s: {', '.join(notes)}", *lines]

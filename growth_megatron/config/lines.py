@@ -35,12 +35,6 @@ def model_line(model: ModelConfig) -> str:
     )
 
 
-def model_section(model: ModelConfig) -> list[str]:
-    """Lines of the ``model:`` section of a configuration for this geometry."""
-    fields = model.model_dump(mode="json", exclude_none=True)
-    return ["  model:", *(f"    {name}: {str(value).lower()}" for name, value in fields.items())]
-
-
 def layout_line(layout: ParallelConfig, world_size: int) -> str:
     """The layout a checkpoint was saved at, in one line."""
     data = world_size // layout.model_parallel_size

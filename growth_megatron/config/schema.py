@@ -157,7 +157,7 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    tokenizer: str = Field(min_length=1, description="SentencePiece model file")
+    tokenizer: str | None = Field(None, min_length=1, description="that the data were prepared with; checked, exported")
     train: tuple[DatasetConfig, ...] = Field(min_length=1)
     validation: tuple[DatasetConfig, ...] = ()
     validation_fraction: Fraction = Field(

@@ -64,7 +64,7 @@ def fingerprint(data: DataConfig, sequence_length: int, seed: int, cache_directo
         "version": VERSION,
         "seed": seed,
         "sequence_length": sequence_length,
-        "tokenizer_sha256": tokenizer_sha256(data.tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(data.tokenizer) if data.tokenizer else None,
         "validation_fraction": data.validation_fraction,
         "train": [_dataset(entry, cache_directory) for entry in data.train],
         "validation": [_dataset(entry, cache_directory) for entry in data.validation],
@@ -87,6 +87,9 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
     then, now = _flat(saved), _flat(current)
     if saved.get("version") == 1:  # by an earlier version, which did not read everything
         now = {name: value for name, value in now.items() if not name.endswith(SINCE_VERSION_2)}
+
+    if None in (saved.get("tokenizer_sha256"), current.get("tokenizer_sha256")):  # the ids are the same without
+        then.pop("tokenizer_sha256", None), now.pop("tokenizer_sha256", None)
 
     def shown(leaves: dict[str, Any], name: str) -> str:
         if name not in leaves:

@@ -147,7 +147,7 @@ def regions(path: Path, whole_bytes: int = REGIONS * REGION_BYTES) -> Iterator[b
         yield stream.read(8)
 
 
-def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _check_one(entry: DatasetConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     open_indexed(entry.path)
     description = read_description(entry.path)
     if description is None:
@@ -158,7 +158,7 @@ def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> N
             f"is {vocab_size}; set model.vocab_size to {description.vocab_size} or prepare the data with a smaller "
             "tokenizer"
         )
-    if description.tokenizer_sha256 != tokenizer.sha256:
+    if tokenizer is not None and description.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"dataset {entry.path} was prepared with another tokenizer ({description.tokenizer}, sha256 "
             f"{description.tokenizer_sha256[:12]}) than data.tokenizer ({tokenizer.path}, {tokenizer.sha256[:12]}); "
@@ -173,8 +173,8 @@ def check_data(data: DataConfig, vocab_size: int) -> None:
 
     Raises: DataError naming the first thing that does not fit, and the remedy.
     """
-    tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
+    tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocab_size is {vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or use a smaller tokenizer"
