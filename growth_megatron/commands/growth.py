@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from growth_megatron.checkpoint.folder.commit import exclusive, temporary_path
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.folder.target import check_new, check_room
@@ -47,6 +49,7 @@ def grow(
     materialize: bool,
     overwrite: bool = False,
     verify_source: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Grow what ``source`` names into the new folder ``target``, and say what is done; on all ranks of torchrun alike.
 
@@ -56,6 +59,7 @@ def grow(
         materialize: write all data anew where links would do.
         overwrite: replace ``target`` if it is a checkpoint of this library.
         verify_source: read and sum the files that are linked, too.
+        dtype: of the weights of a Hugging Face folder, as torch calls it; default: as in the source.
 
     Raises:
         GrowthError: settings that make no growth of this source.
@@ -69,7 +73,7 @@ def grow(
         if not weights_only:
             stack.enter_context(_process_group())
         origin = on_all_ranks(lambda: find_origin(source))
-        growth = _checked(origin, request, folder, weights_only, materialize, overwrite)
+        growth = _checked(origin, request, folder, weights_only, materialize, overwrite, dtype)
         if first:
             lines = [f"passed over: {item.path}: {item.reason}" for item in origin.skipped]
             print("\n".join([*lines, *render_forecast(growth, forecast(growth))]), flush=True)
@@ -103,6 +107,7 @@ def plan_grow(
     materialize: bool,
     as_json: bool,
     overwrite: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Say what a growth would do, from the source's metadata alone: no tensor is read, nothing is written.
 
@@ -110,7 +115,7 @@ def plan_grow(
     """
     folder, weights_only = _folder(target) if target is not None else (None, False)
     origin = find_origin(source, metadata_alone=True)
-    growth = _checked(origin, request, folder, weights_only, materialize, overwrite, metadata_alone=True)
+    growth = _checked(origin, request, folder, weights_only, materialize, overwrite, dtype, metadata_alone=True)
     figures = forecast(growth)
     if rank_from_environment() == 0:
         if as_json:
@@ -133,9 +138,12 @@ def _checked(
     weights_only: bool,
     materialize: bool,
     overwrite: bool,
+    dtype: str | None,
     metadata_alone: bool = False,
 ) -> CheckedGrowth:
     target, growth = request.resolve(origin.geometry)
+    if dtype is not None and not weights_only:
+        raise GrowthError(f"--dtype {dtype} goes with a Hugging Face folder; name one as hf:TARGET, or leave it out")
     if weights_only and growth.optimizer_state not in (None, "reset"):
         raise GrowthError(f"optimizer_state {growth.optimizer_state}, but a Hugging Face folder holds weights alone")
     policy = "reset" if weights_only else choose(growth).state_policy
@@ -149,6 +157,7 @@ def _checked(
         folder,
         materialize=materialize,
         weights_only=weights_only,
+        dtype=getattr(torch, dtype) if dtype else None,
         metadata_alone=metadata_alone,
     )
 
@@ -169,7 +178,7 @@ def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback
             GrownSource(growth.origin.tensors, growth.plan, "reset"),
             growth.plan.target_geometry,
             folder,
-            dtype=None,
+            dtype=growth.dtype,
             tokenizer=tokenizer,
             progress=progress,
             source_is_sound=source_is_sound,

@@ -267,12 +267,14 @@ def _announce_growth(
     context.directory.point_latest(result.path)
     how = plan.operator + describe_options(plan.options, plan.seed)
     changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
+    layers, kept = plan.layers or (), ""
+    if layers != tuple(range(plan.source_geometry.num_layers)):
+        kept = f"{100 * connection_rate(layers):.1f} % of layer connections kept, "
     context.metrics.log(
         "event",
         step=manifest.step,
         event="grow",
-        message=f"grew by {how}: {changes} ({100 * connection_rate(plan.layers or ()):.1f} % of layer "
-        f"connections kept, optimizer state {policy}) in {result.seconds:.2f} s: "
+        message=f"grew by {how}: {changes} ({kept}optimizer state {policy}) in {result.seconds:.2f} s: "
         f"{format_bytes(result.bytes_written)} written, {format_bytes(result.bytes_linked)} linked",
     )
 
