@@ -21,7 +21,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.data.corpus import Source, list_sources
 from growth_megatron.data.encode import encode_corpus, token_dtype
-from growth_megatron.data.prepared import Description, suffixed
+from growth_megatron.data.mixture import suffixed
+from growth_megatron.data.prepared import Description
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 

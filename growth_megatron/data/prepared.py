@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,20 +18,15 @@ import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.data.mixture import IDX_HEADER, suffixed
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
 FORMAT = 1
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\x00\x00", 1
-IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
 IDX_DTYPES: dict[int, type[numpy.generic]] = {4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
 _BLOCK_SEQUENCES = 1 << 20
 REGIONS, REGION_BYTES = 64, 1 << 16  # what is read of a large file where all of it would take too long
-
-
-def suffixed(prefix: str | Path, suffix: str) -> Path:
-    """``PREFIX.bin`` and its like; unlike ``Path.with_suffix`` it keeps the dots of the prefix."""
-    return Path(f"{prefix}{suffix}")
 
 
 @dataclass(frozen=True)

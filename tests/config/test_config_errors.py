@@ -57,6 +57,13 @@ WRONG = {
     "heads against hidden size": (
         "num_attention_heads: 4", "num_attention_heads: 6", "7: model.num_attention_heads", "set head_dim",
     ),
+    "validated on what is learnt": (
+        "- path: corpus", "- path: corpus\n  validation: [{path: ./corpus}]",
+        "16: data.validation.0.path", "leave it out and set validation_fraction",
+    ),
+    "weights for some": (
+        "- path: corpus", "- {path: a, weight: 2}\n    - {path: b}", "14: data.train", "give it to all, or to none",
+    ),
     "odd head": ("hidden_size: 64", "hidden_size: 60", "7: model.num_attention_heads", "make it even"),
     "groups against heads": ("groups: 2", "groups: 3", "8: model.num_query_groups", "allowed: 1, 2, 4"),
     "heads against tensor parallel": (
