@@ -27,7 +27,7 @@ def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
         DataError: no training step in the metrics yet.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib, which is not installed; pip install 'growth-megatron[plot]'")
+        raise ConfigError("a plot needs matplotlib, which is not installed; pip install matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional; without pyplot's global state
     from matplotlib.figure import Figure
 

@@ -29,6 +29,10 @@ WRONG = {
     "misspelt key": ("num_layers: 4", "num_layer: 4", "5: model.num_layer", "did you mean num_layers?"),
     "name of another tool": ("hidden_size: 64", "d_model: 64", "6: model.d_model", "did you mean hidden_size?"),
     "key of another section": ("  seed: 7", "  micro_batch_size: 7", "3: run.micro_batch_size", "belongs to training"),
+    "key of another section that may not be meant": (
+        "learning_rate: 1e-3", "learning_rate: 1e-3\noptimizer:\n  kind: adam", "19: optimizer.kind",
+        "allowed: beta1, beta2, epsilon, weight_decay, clip_grad; kind belongs to schedule, move it there if that was",
+    ),
     "key at the top level": ("run:", "num_layers: 3\nrun:", "1: num_layers", "belongs to model"),
     "synonym at the wrong place": ("  seed: 7", "  lr: 7", "3: run.lr", "did you mean schedule.learning_rate?"),
     "misspelt section": ("schedule:", "shedule:", "16: shedule", "did you mean schedule?"),
