@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("target", metavar="DIR", help="folder to be made")
     add_dtype(parser, "of the weights; default: as stored")
     parser.add_argument(
-        "--tokenizer", metavar="PATH", help="SentencePiece model or Hugging Face folder; default: the run's own"
+        "--tokenizer", metavar="PATH", help="SentencePiece model, tokenizer.json or folder; default: the run's own"
     )
     parser.add_argument("--verify", action="store_true", help="compare logits and token ids with transformers")
 

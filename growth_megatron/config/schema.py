@@ -158,7 +158,9 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    tokenizer: str | None = Field(None, min_length=1, description="that the data were prepared with; checked, exported")
+    tokenizer: str | None = Field(
+        None, min_length=1, description="SentencePiece model, tokenizer.json, or a folder with one"
+    )
     train: tuple[DatasetConfig, ...] = Field(min_length=1)
     validation: tuple[DatasetConfig, ...] = ()
     validation_fraction: Fraction = Field(

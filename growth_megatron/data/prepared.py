@@ -18,6 +18,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.data.mixture import IDX_HEADER, suffixed
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
@@ -167,7 +168,7 @@ def check_data(data: DataConfig, vocab_size: int) -> None:
 
     Raises: DataError naming the first thing that does not fit, and the remedy.
     """
-    tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
+    tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocab_size is {vocab_size}; "
