@@ -72,7 +72,7 @@ class Bench:
         data = collectives.on_all_ranks(lambda: build_train_dataset(config.data, sequence, seed, self.folder / "cache"))
         loaded = LoadedConfig(config, config_hash(config))
         return RunContext(
-            loaded, directory, metrics, StopRequest(), Watchdog(log), data, None, {}, dist.get_world_size()
+            loaded, directory, metrics, StopRequest(), Watchdog(log), data, None, {}, {}, dist.get_world_size()
         )
 
 

@@ -29,7 +29,13 @@ from growth_megatron.checkpoint.folder.manifest import (
 from growth_megatron.checkpoint.folder.run_directory import LATEST_NAME, CheckpointName, RunDirectory, Skipped
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
 from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
-from growth_megatron.checkpoint.huggingface.tokenizer import tokenizer_files
+from growth_megatron.checkpoint.huggingface.tokenizer import (
+    COPIED_NAMES,
+    IDS_NAME,
+    MODEL_NAME,
+    stored_tokenizer,
+    tokenizer_files,
+)
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import fresh_common
 from growth_megatron.checkpoint.torch_dist.reader import (
     COMMON_NAME,
@@ -108,6 +114,10 @@ class Origin(ABC):
     def extra_files(self) -> list[str]:
         """Names of the files that go on as they are, such as the run's configuration."""
 
+    def extra_contents(self) -> dict[str, bytes]:
+        """The same with their contents; of a Hugging Face folder its tokenizer."""
+        return {name: (self.path / name).read_bytes() for name in self.extra_files()}
+
     @abstractmethod
     def tokenizer(self) -> tuple[Path | None, str]:
         """The tokenizer that belongs to the model, if it can go along; and what is said of it."""
@@ -154,14 +164,19 @@ class CheckpointOrigin(Origin):
     @override
     def tokenizer(self) -> tuple[Path | None, str]:
         path = self.path / "config.yaml"
-        if not path.is_file():
+        own = {*COPIED_NAMES, IDS_NAME} & self.manifest.files.keys()
+        if not own and not path.is_file():
             return None, "none: the checkpoint has no config.yaml that names one"
         try:
+            if own:
+                kept = self.path / (MODEL_NAME if own == {MODEL_NAME} else "")
+                tokenizer_files(kept, self.geometry)
+                return kept, "none, but special ids" if own == {IDS_NAME} else "of the checkpoint"
             named = read_config(path).config.data.tokenizer
             if named is None:
                 return None, f"none: {path} names none"
             tokenizer = Path(named)
-            if not tokenizer.is_file():
+            if not tokenizer.exists():
                 return None, f"none: {tokenizer}, named in {path}, is not there"
             trained_with = (self.manifest.data_fingerprint or {}).get("tokenizer_sha256")
             if trained_with not in (None, tokenizer_sha256(tokenizer)):
@@ -201,6 +216,10 @@ class HuggingFaceOrigin(Origin):
     @override
     def extra_files(self) -> list[str]:
         return []
+
+    @override
+    def extra_contents(self) -> dict[str, bytes]:
+        return stored_tokenizer(self.path)
 
     @override
     def tokenizer(self) -> tuple[Path | None, str]:

@@ -16,6 +16,7 @@ from growth_megatron.commands.parsing import Subparsers, add_command, add_dtype
 from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
+from growth_megatron.data.tokenizer import FILE_NAMES
 from growth_megatron.errors import EXIT_OK, CheckpointError
 
 
@@ -98,6 +99,8 @@ def _verify(origin: Origin, target: Path, dtype: torch.dtype | None, tokenizer: 
     weights = ExportedWeights(origin.tensors, origin.geometry, dtype)
     difference = huggingface_verify.check_logits(target, weights, origin.geometry)
     print(f"logits: transformers and this library differ by {difference:.1e} of the largest (float32)")
-    if tokenizer is not None and tokenizer.is_file():
+    if tokenizer is None or (tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in FILE_NAMES)):
+        print(f"tokenizer: no token ids to compare, without {' or '.join(FILE_NAMES)}")
+    else:
         count = huggingface_verify.check_tokenizer(target, tokenizer)
         print(f"tokenizer: the same ids for {count} of {count} texts")

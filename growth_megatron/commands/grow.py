@@ -64,6 +64,7 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")
     parser.add_argument("--materialize", action="store_true", help="write all data, also where links would do")
     add_dtype(parser, "of an hf: TARGET's weights; default: as in the source")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of an hf: TARGET; default: the source's")
     parser.add_argument("--verify-source", action="store_true", help="read and sum the files that are linked, too")
     add_overwrite(parser)
 
@@ -88,5 +89,6 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         plan_grow(options.source, options.target, request, as_json=options.json, **how)
     else:
-        grow(options.source, options.target, request, verify_source=options.verify_source, **how)
+        tokenizer = Path(options.tokenizer) if options.tokenizer else None
+        grow(options.source, options.target, request, verify_source=options.verify_source, tokenizer=tokenizer, **how)
     return EXIT_OK

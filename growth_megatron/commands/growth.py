@@ -27,6 +27,7 @@ from growth_megatron.commands.growth_request import GrowthRequest
 from growth_megatron.commands.train_file import write_train_file
 from growth_megatron.config.progress_bar import BytesCallback, bytes_progress
 from growth_megatron.config.units import format_bytes
+from growth_megatron.data.tokenizer import tokenizer_file
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.checked import CheckedGrowth, check_growth
 from growth_megatron.growth.execute import GrowthResult, carry_out
@@ -50,6 +51,7 @@ def grow(
     overwrite: bool = False,
     verify_source: bool = False,
     dtype: str | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Grow what ``source`` names into the new folder ``target``, and say what is done; on all ranks of torchrun alike.
 
@@ -60,12 +62,15 @@ def grow(
         overwrite: replace ``target`` if it is a checkpoint of this library.
         verify_source: read and sum the files that are linked, too.
         dtype: of the weights of a Hugging Face folder, as torch calls it; default: as in the source.
+        tokenizer: of a Hugging Face folder; default: the source's.
 
     Raises:
         GrowthError: settings that make no growth of this source.
         CheckpointError: the source is not whole, the target exists or cannot be written.
     """
     folder, weights_only = _folder(target)
+    if tokenizer is not None and not weights_only:
+        raise GrowthError("--tokenizer goes with a Hugging Face folder; name one as hf:TARGET, or leave it out")
     first = rank_from_environment() == 0
     if weights_only and not first:
         return  # one rank writes a Hugging Face folder
@@ -82,7 +87,7 @@ def grow(
             on_rank_zero(lambda: _hold(stack, folder))
             progress = stack.enter_context(bytes_progress(f"growing {folder.name}"))
             if weights_only:
-                lines = _to_huggingface(growth, folder, progress)
+                lines = _to_huggingface(growth, folder, progress, tokenizer)
             else:
                 result = carry_out(
                     growth,
@@ -171,8 +176,8 @@ def _hold(stack: ExitStack, folder: Path) -> None:
     stack.enter_context(exclusive(folder))
 
 
-def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback) -> list[str]:
-    tokenizer, note = growth.origin.tokenizer()
+def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback, tokenizer: Path | None) -> list[str]:
+    tokenizer, note = growth.origin.tokenizer() if tokenizer is None else (tokenizer_file(tokenizer), str(tokenizer))
     with summed_beside(growth.origin.path, growth.origin.manifest.files) as source_is_sound:
         result = export_huggingface(
             GrownSource(growth.origin.tensors, growth.plan, "reset"),

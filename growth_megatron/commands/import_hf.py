@@ -33,7 +33,7 @@ def import_hf(source: Path, target: Path, *, overwrite: bool = False) -> WriteRe
     """Write the Hugging Face model in ``source`` as the new training checkpoint ``target``, and say what is done.
 
     Weights keep their type, float32 masters are made of them, moments are zero, and progress is that of a run before
-    its first step.
+    its first step. The tokenizer's files and the special ids go along.
 
     Raises:
         CheckpointError: the folder is no model of this library, or the target exists or cannot be written.
@@ -49,6 +49,7 @@ def import_hf(source: Path, target: Path, *, overwrite: bool = False) -> WriteRe
             origin.manifest,
             origin.common(),
             objects=origin.objects(),
+            extra_files=origin.extra_contents(),
             fingerprint=origin.identity,
             progress=progress,
             overwrite=overwrite,

@@ -22,6 +22,7 @@ from growth_megatron.config.document import dump
 from growth_megatron.config.load import read_config
 from growth_megatron.config.messages import STAGE_SECTIONS
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
+from growth_megatron.data.tokenizer import FILE_NAMES
 from growth_megatron.errors import ConfigError
 
 
@@ -35,6 +36,8 @@ def write_train_file(target: Path, geometry: ModelConfig, origin: Origin | None 
     content["model"] = geometry.model_dump(mode="json", exclude_none=True)
     content["run"]["directory"] = next(name for name in _run_names(target) if not Path(name).exists())
     content.setdefault("checkpoint", {})["resume"] = str(target)
+    if any((target / name).is_file() for name in FILE_NAMES):
+        content["data"]["tokenizer"] = str(target)
     content["parallel"].pop("data_parallel_size", None)  # what remains of the world
     if not _fits(content):
         content["parallel"] = {}

@@ -119,9 +119,7 @@ def carry_out(
             manifest,
             common,
             objects=on_all_ranks(lambda: grown_objects(origin, plan.layers or ())),
-            extra_files=on_all_ranks(
-                lambda: {name: (origin.path / name).read_bytes() for name in origin.extra_files()}
-            ),
+            extra_files=on_all_ranks(origin.extra_contents),
             fingerprint=job_fingerprint(manifest),
             writers=WRITERS,
             overwrite=overwrite,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,8 @@ class RunContext:
     train_data: SampleSource
     validation_data: FiniteSource | None
     data_fingerprint: dict[str, object]
+    tokenizer_files: Mapping[str, bytes]
+    """What a checkpoint keeps of the tokenizer; on rank 0."""
     world_size: int
 
 
@@ -311,6 +313,8 @@ class StageLoop:
         directory, settings = self.context.directory, self.config.checkpoint
         try:
             (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
+            for name, content in self.context.tokenizer_files.items():
+                (pending.folder / name).write_bytes(content)
             path = directory.commit(pending.manifest, checksums=checksums)
         except OSError as error:
             where = error.filename or pending.folder

@@ -25,6 +25,7 @@ import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.huggingface.tokenizer import stored_tokenizer
 from growth_megatron.checkpoint.origin import checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
@@ -92,7 +93,7 @@ def train(loaded: LoadedConfig) -> int:
         loggers: list[Metrics] = []
         collectives.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
         metrics = loggers[0] if loggers else metrics
-        context = _context(loaded, directory, metrics, stop, watchdog, world_size)
+        context = _context(loaded, directory, metrics, stop, watchdog, world_size, choice)
         _rewind(context, choice)
         collectives.on_rank_zero(partial(_say_mixture, context, choice))
         code = _walk(context, choice)
@@ -333,6 +334,7 @@ def _context(
     stop: StopRequest,
     watchdog: Watchdog,
     world_size: int,
+    choice: ResumeChoice,
 ) -> RunContext:
     config = loaded.config
     cache = Path(config.data.cache_directory or directory.path / "data_cache")
@@ -346,6 +348,10 @@ def _context(
     validation = collectives.on_all_ranks(
         lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
     )
+    tokenizer = config.data.tokenizer or choice.path  # a checkpoint may hold one
+    kept: dict[str, bytes] = {}
+    if tokenizer is not None:
+        collectives.on_rank_zero(lambda: kept.update(stored_tokenizer(Path(tokenizer))))
     return RunContext(
         loaded,
         directory,
@@ -355,6 +361,7 @@ def _context(
         InVocabulary(train_data, model.vocab_size),
         InVocabulary(validation, model.vocab_size) if validation is not None else None,
         collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed, cache)),
+        kept,
         world_size,
     )
 

@@ -80,13 +80,13 @@ class TokenIds:
         return cls(config.get("bos_token_id"), config.get("eos_token_id"), config.get("pad_token_id"))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder.
+def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, or another JSON object in it.
 
     Raises:
         CheckpointError: missing, or not a JSON object.
     """
-    path = folder / CONFIG_NAME
+    path = folder / name
     try:
         config = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME, TokenIds, read_config
 from growth_megatron.config.schema import ModelConfig
+from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.data.tokenizer import Tokenizer
-from growth_megatron.errors import CheckpointError
+from growth_megatron.errors import CheckpointError, DataError
 
-MODEL_NAME = "tokenizer.model"
+MODEL_NAME, IDS_NAME = "tokenizer.model", "generation_config.json"
 COPIED_NAMES = (
     "tokenizer.json",
     MODEL_NAME,
@@ -50,7 +52,7 @@ class TokenizerFiles:
 
 
 def tokenizer_files(tokenizer: Path | None, geometry: ModelConfig) -> TokenizerFiles:
-    """The files for ``tokenizer``: a SentencePiece model, a Hugging Face folder, or nothing.
+    """The files for ``tokenizer``: a SentencePiece model, a tokenizer.json, a folder, or nothing.
 
     Raises:
         CheckpointError: a SentencePiece model that cannot be translated, or one larger than the model's vocabulary.
@@ -58,10 +60,9 @@ def tokenizer_files(tokenizer: Path | None, geometry: ModelConfig) -> TokenizerF
     """
     if tokenizer is None:
         return TokenizerFiles()
-    if tokenizer.is_dir():
-        copied = {name: tokenizer / name for name in COPIED_NAMES if (tokenizer / name).is_file()}
-        ids = TokenIds.of_config(read_config(tokenizer)) if (tokenizer / CONFIG_NAME).is_file() else TokenIds()
-        return TokenizerFiles(copied=copied, ids=ids, origin=str(tokenizer) if copied else None)
+    if tokenizer.is_dir() or tokenizer.suffix == ".json":
+        copied = _files_of(tokenizer)
+        return TokenizerFiles(copied=copied, ids=_ids_of(tokenizer), origin=str(tokenizer) if copied else None)
     model = SentencePieceModel(tokenizer)
     if len(model.pieces) > geometry.vocab_size:
         raise CheckpointError(
@@ -76,6 +77,34 @@ def tokenizer_files(tokenizer: Path | None, geometry: ModelConfig) -> TokenizerF
     written = {name: json.dumps(content, indent=1, ensure_ascii=False).encode() for name, content in documents.items()}
     ids = TokenIds(model.id_or_none("bos_token"), model.id_or_none("eos_token"))
     return TokenizerFiles(written, {MODEL_NAME: tokenizer}, ids, str(tokenizer))
+
+
+def stored_tokenizer(tokenizer: Path) -> dict[str, bytes]:
+    """The files by which a checkpoint keeps ``tokenizer``, by name: its own, and one that names the special ids."""
+    if tokenizer.is_file() and tokenizer.suffix != ".json":
+        return {MODEL_NAME: tokenizer.read_bytes()}
+    stored = {name: path.read_bytes() for name, path in _files_of(tokenizer).items()}
+    ids = {f"{name}_token_id": value for name, value in asdict(_ids_of(tokenizer)).items() if value is not None}
+    return stored | ({IDS_NAME: json.dumps(ids, indent=1).encode()} if ids else {})
+
+
+def _files_of(tokenizer: Path) -> dict[str, Path]:
+    """Of a folder, or of a tokenizer.json and what lies beside it."""
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    found = {name: folder / name for name in COPIED_NAMES if (folder / name).is_file()}
+    return found if tokenizer.is_dir() else {**found, "tokenizer.json": tokenizer}
+
+
+def _ids_of(tokenizer: Path) -> TokenIds:
+    """As the model's configuration has them, else as the tokenizer's."""
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    for name in (CONFIG_NAME, IDS_NAME):
+        if (folder / name).is_file() and (ids := TokenIds.of_config(read_config(folder, name))) != TokenIds():
+            return ids
+    with suppress(DataError):
+        opened = open_tokenizer(tokenizer)
+        return TokenIds(opened.bos_id if opened.bos_id >= 0 else None, opened.eos_id)
+    return TokenIds()
 
 
 class SentencePieceModel:

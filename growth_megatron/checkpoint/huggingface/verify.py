@@ -81,10 +81,11 @@ def check_tokenizer(folder: Path, tokenizer: Path) -> int:
         ExportMismatchError: one for which it does not.
     """
     transformers = _transformers()
-    theirs, ours = (
-        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        open_tokenizer(tokenizer),
-    )
+    ours = open_tokenizer(tokenizer)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any kind, as the files have it
+        raise ExportMismatchError(f"{folder}: transformers cannot load the tokenizer ({error})") from None
     for text in _TEXTS:
         found, expected = theirs(text, add_special_tokens=False).input_ids, ours.encode(text)
         if found != expected:
