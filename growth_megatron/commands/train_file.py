@@ -25,6 +25,8 @@ from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConf
 from growth_megatron.data.tokenizer import FILE_NAMES
 from growth_megatron.errors import ConfigError
 
+_USUAL_LENGTH = 4096
+
 
 def write_train_file(target: Path, geometry: ModelConfig, origin: Origin | None = None) -> list[str]:
     """Write ``target/train.yaml``, a whole configuration of one stage, and return lines that say how to go on.
@@ -34,6 +36,8 @@ def write_train_file(target: Path, geometry: ModelConfig, origin: Origin | None 
     former = _former_run(origin) if origin is not None else None
     content = former or _fresh_run(target)
     content["model"] = geometry.model_dump(mode="json", exclude_none=True)
+    if former is None:  # a model for long contexts is seldom trained on them
+        content["model"]["sequence_length"] = min(geometry.sequence_length, _USUAL_LENGTH)
     content["run"]["directory"] = next(name for name in _run_names(target) if not Path(name).exists())
     content.setdefault("checkpoint", {})["resume"] = str(target)
     if any((target / name).is_file() for name in FILE_NAMES):

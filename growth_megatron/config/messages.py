@@ -29,7 +29,7 @@ _SYNONYMS = {
         "num_layers": "n_layers n_layer num_hidden_layers", "num_attention_heads": "n_heads n_head",
         "num_query_groups": "num_key_value_heads n_kv_heads", "ffn_hidden_size": "intermediate_size",
         "norm_epsilon": "rms_norm_eps", "rope_base": "rope_theta", "tie_embeddings": "tie_word_embeddings",
-        "init_std": "initializer_range", "sequence_length": "seq_len max_position_embeddings",
+        "init_std": "initializer_range", "sequence_length": "seq_len",
         "global_batch_size": "batch_size", "precision": "dtype", "tensor_parallel_size": "tp",
         "pipeline_parallel_size": "pp", "data_parallel_size": "dp",
         "interval_steps": "save_interval log_interval eval_interval",

@@ -30,7 +30,7 @@ from growth_megatron.config.section import (
 )
 from growth_megatron.config.words import did_you_mean
 
-_DEFAULTED = ("num_query_groups", "head_dim")
+_DEFAULTED = ("num_query_groups", "head_dim", "max_position_embeddings")
 """Fields of a model whose default follows from the others."""
 
 
@@ -70,7 +70,10 @@ class ModelConfig(Section):
     vocab_multiple: PositiveInt = Field(
         128, le=MAX_ENTRIES, description="the vocabulary is padded to a multiple of this, at every layout"
     )
-    sequence_length: PositiveInt = 2048
+    sequence_length: PositiveInt = Field(2048, description="of the samples trained on; a run may change it")
+    max_position_embeddings: PositiveInt = Field(
+        0, description="context that the model is meant for, as exports say; default: sequence_length"
+    )
     rope_base: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_epsilon: PositiveFloat = 1e-5
@@ -86,6 +89,8 @@ class ModelConfig(Section):
         if not isinstance(values, dict):
             return values
         filled = {key: value for key, value in values.items() if key not in _DEFAULTED or value is not None}
+        if length := whole_number(filled.get("sequence_length", 2048)):
+            filled.setdefault("max_position_embeddings", length)
         heads, hidden = (whole_number(filled.get(key)) for key in ("num_attention_heads", "hidden_size"))
         if heads:
             filled.setdefault("num_query_groups", heads)
@@ -102,6 +107,9 @@ class ModelConfig(Section):
         elif self.head_dim % 2:
             key = "num_attention_heads" if self.head_dim * heads == self.hidden_size else "head_dim"
             problems.append((key, f"gives heads of {self.head_dim} channels; RoPE rotates pairs, so make it even"))
+        if self.sequence_length > self.max_position_embeddings:
+            text = f"{self.sequence_length} is above max_position_embeddings {self.max_position_embeddings}; "
+            problems.append(("sequence_length", text + "lower it, or raise that too"))
         if heads % self.num_query_groups:
             text = f"{self.num_query_groups} does not divide num_attention_heads {heads}; allowed: {divisors(heads)}"
             problems.append(("num_query_groups", text))

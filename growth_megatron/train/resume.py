@@ -77,24 +77,29 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
     differing = geometry_differences(manifest.geometry, stage.model)
     if differing:
         remedy = "Give model: the checkpoint's values, or choose another run.directory"
-        if not growth_problems(manifest.geometry, stage.model, GrowthConfig()):
-            settings = " ".join(
-                f"{key}={getattr(stage.model, key)}"
-                for key in GEOMETRY_FIELDS
-                if getattr(stage.model, key) != getattr(manifest.geometry, key)
-            )
+        settings = " ".join(
+            f"{key}={getattr(stage.model, key)}"
+            for key in GEOMETRY_FIELDS
+            if getattr(stage.model, key) != getattr(manifest.geometry, key)
+        )
+        if settings and not growth_problems(manifest.geometry, stage.model, GrowthConfig()):
             remedy += f", or grow the checkpoint: growth-megatron grow {path} TARGET --set {settings}"
         raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
 
 
 def geometry_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """The fields in which two geometries differ, as ``name stored -> wanted``; initialisation does not count."""
+    """The fields in which two geometries differ, as ``name stored -> wanted``.
+
+    Initialisation does not count, nor does the length of the samples, which is the data's to say.
+    """
     then, now = _geometry(stored), _geometry(wanted)
     return [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]]
 
 
 def _geometry(model: ModelConfig) -> dict[str, Any]:
-    fields = model.model_dump(exclude={"init_std", "vocab_multiple", "vocab_size"})
+    fields = model.model_dump(
+        exclude={"init_std", "vocab_multiple", "vocab_size", "sequence_length", "max_position_embeddings"}
+    )
     return {**fields, "padded_vocab_size": model.padded_vocab_size}
 
 

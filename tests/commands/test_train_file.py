@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -100,14 +101,22 @@ def test_an_imported_model_trains_once_its_data_are_named(prepared_corpus: Path,
     pytest.importorskip("transformers")
     from tests.checkpoint.huggingface_models import write_llama
 
-    model = {"vocab_size": VOCABULARY, "hidden_size": 64, "max_position_embeddings": 32, "tie_word_embeddings": True}
+    model = {"vocab_size": VOCABULARY, "hidden_size": 64, "max_position_embeddings": 8192, "tie_word_embeddings": True}
     write_llama(tmp_path / "hf", {**model, "intermediate_size": 96, "head_dim": 24, "rms_norm_eps": 1e-6})
     imported, grown = tmp_path / "imported", tmp_path / "grown"
     assert main(["import-hf", str(tmp_path / "hf"), str(imported)]) == EXIT_OK
     printed = capsys.readouterr().out
     assert f"name its data ({imported}_data is a guess)" in printed
     data = f"data.train.0.path={prepared_corpus / 'train'}"
-    _go_on(printed, data, *ONE_STEP)
-    assert read_manifest(tmp_path / "imported_run" / "latest").geometry == read_manifest(imported).geometry
+    assert yaml.safe_load((imported / "train.yaml").read_text())["model"]["sequence_length"] == 4096
+    short = [*ONE_STEP, "model.sequence_length=32", "evaluation.samples=8"]
+    _go_on(printed, data, *short)
+    geometry = read_manifest(imported).geometry
+    assert read_manifest(tmp_path / "imported_run" / "latest").geometry == geometry.model_copy(
+        update={"sequence_length": 32}
+    )
+    assert main(["export-hf", str(tmp_path / "imported_run"), str(tmp_path / "exported")]) == EXIT_OK
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["max_position_embeddings"] == 8192
+    capsys.readouterr()
     assert main(["grow", f"hf:{tmp_path / 'hf'}", str(grown), "--set", "num_layers=4"]) == EXIT_OK
-    _go_on(capsys.readouterr().out, data, *ONE_STEP)
+    _go_on(capsys.readouterr().out, data, *short)

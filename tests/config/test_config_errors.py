@@ -123,6 +123,10 @@ WRONG = {
     "layer list without quotes": (
         "- name: grown", "- name: grown\n    growth: {layers: 1234}", "25: stages.grown.growth.layers", "'1234'",
     ),
+    "longer than the model is for": (
+        "sequence_length: 128", "sequence_length: 128\n  max_position_embeddings: 64",
+        "11: model.sequence_length", "lower it, or raise that too",
+    ),
     "another sequence length": (
         "num_layers: 16", "num_layers: 16\n      sequence_length: 256",
         "27: stages.grown.model.sequence_length", "set it once, at the top level",

@@ -168,7 +168,7 @@ def config_of_geometry(model: ModelConfig, dtype: torch.dtype, ids: TokenIds) ->
         "hidden_size": model.hidden_size,
         "initializer_range": model.init_std,
         "intermediate_size": model.ffn_hidden_size,
-        "max_position_embeddings": model.sequence_length,
+        "max_position_embeddings": model.max_position_embeddings,
         "model_type": kind,
         "num_attention_heads": model.num_attention_heads,
         "num_hidden_layers": model.num_layers,

@@ -210,7 +210,7 @@ def _tokenizer_config(model: SentencePieceModel, geometry: ModelConfig) -> dict[
         },
         **model.special_tokens,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": geometry.sequence_length,
+        "model_max_length": geometry.max_position_embeddings,
         # LlamaTokenizer would build normalizer and decoder anew instead of reading tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
