@@ -283,6 +283,12 @@ class CheckpointConfig(Section):
     keep_every_steps: PositiveInt | None = Field(None, description="checkpoints at these steps are permanent")
     async_save: bool = False
     resume: str = Field("auto", min_length=1, description="auto | must | never | path of a checkpoint")
+    mode: Literal["continue", "branch"] = Field(
+        "continue", description="from a path: at its stage and step, or at the start of this run's first stage"
+    )
+    data: Literal["same", "new"] = Field(
+        "same", description="from a path: its data from where it was, or this run's data from their first sample"
+    )
 
     @field_validator("resume")
     @classmethod
@@ -291,6 +297,13 @@ class CheckpointConfig(Section):
         if value not in words and (hint := did_you_mean(value, words)):
             raise ValueError(f"is {value!r}{hint} A folder of that name is written ./{value}")
         return value
+
+    @model_validator(mode="after")
+    def _from_a_path(self) -> Self:
+        text = f"needs the path of a checkpoint as resume, which is {self.resume}; set that, or leave this out"
+        given = (("mode", self.mode == "branch"), ("data", self.data == "new"))
+        refuse([(key, text) for key, is_set in given if is_set and self.resume in ("auto", "must", "never")])
+        return self
 
 
 class EvaluationConfig(Section):

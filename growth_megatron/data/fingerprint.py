@@ -108,8 +108,8 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
     ]
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to go on with other data than the checkpoint was trained on.
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], checkpoint: str | Path = "PATH") -> None:
+    """Refuse to go on with other data than those that ``checkpoint`` was trained on.
 
     Raises: DataError listing the differences.
     """
@@ -117,5 +117,6 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         raise DataError(
             "the data are not those the checkpoint was trained on:\n  "
             + "\n  ".join(differences)
-            + "\nrestore the former data and settings, or start a new run (another run.directory)"
+            + "\nrestore the former data and settings, or begin these data in another run: "
+            f"checkpoint.resume={checkpoint} checkpoint.data=new run.directory=NEW"
         )

@@ -17,9 +17,9 @@ from growth_megatron.config.units import count, duration, fixed, size
 from growth_megatron.errors import DataError, GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import parameter_count
+from growth_megatron.report.joined import joined_records
 from growth_megatron.report.plots import plot_loss
 from growth_megatron.train.console import geometry
-from growth_megatron.train.metrics import read_metrics
 
 __all__ = ["GrowthSummary", "RunSummary", "StageSummary", "plot_loss", "render_summary", "summarise"]
 
@@ -103,7 +103,7 @@ def summarise(run_directory: str | Path) -> RunSummary:
         DataError: no metrics there, or none of a training step yet.
     """
     directory = Path(run_directory)
-    records = read_metrics(directory)
+    records = joined_records(directory)
     train = [record for record in records if record["kind"] == "train"]
     if not train:
         raise DataError(f"{directory} has no training step in its metrics yet; let the run go on first")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from growth_megatron.errors import ConfigError, DataError
+from growth_megatron.report.joined import joined_records
 from growth_megatron.train.console import geometry
-from growth_megatron.train.metrics import read_metrics
 
 _TRAIN, _VALIDATION, _GROWTH = "#2b6cb0", "#c05621", "#4a5568"
 
@@ -32,7 +32,7 @@ def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     directory, output = Path(run_directory), Path(output_png)
-    records = read_metrics(directory)
+    records = joined_records(directory)
     train = [r for r in records if r["kind"] == "train" and r.get("loss") is not None]
     if not train:
         raise DataError(f"{directory} has no training loss in its metrics yet; let the run go on first")

@@ -78,6 +78,7 @@ class StageLoop:
         self.config = context.loaded.config
         self.stage: StageConfig = engine.stage
         self._lineage = start.lineage if start else ()
+        self._branches = start.branches if start else ()
         self._pending: _Pending | None = None
         self._saved_step = counters.step if start else -1
         self._evaluated_step, self._validation_loss = -1, float("nan")
@@ -333,6 +334,7 @@ class StageLoop:
             config_hash=self.context.loaded.hash,
             multipliers=dict(self.engine.multipliers),
             lineage=self._lineage,
+            branches=self._branches,
             validation_loss=self._validation_loss if self._evaluated_step == self.counters.step else None,
         )
 

@@ -6,16 +6,17 @@ Does not own: the walk over the stages (``train.stages``), the data's fingerprin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.checkpoint.folder.manifest import Manifest
+from growth_megatron.checkpoint.folder.manifest import BranchRecord, Manifest, read_identified_manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
-from growth_megatron.config.schema import ModelConfig, RunConfig
+from growth_megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from growth_megatron.errors import CheckpointError, ConfigError, DamagedError, GrowthMegatronError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
 from growth_megatron.growth.configuration import load_config
@@ -43,7 +44,7 @@ def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
     config = loaded.config
     _prepare(directory)
     recovered = directory.recover()
-    choice = directory.choose_resume(config.checkpoint.resume)
+    choice = choose_start(directory, config.checkpoint)
     for text in recovered:
         print(f"checkpoints: {text}", flush=True)
     for skipped in choice.skipped:
@@ -56,6 +57,36 @@ def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
     (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
     (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
     return choice
+
+
+def choose_start(directory: RunDirectory, settings: CheckpointConfig, resume: str | None = None) -> ResumeChoice:
+    """What to go on from; a checkpoint of another run as ``checkpoint.mode`` and ``checkpoint.data`` have it.
+
+    Args: resume: instead of the setting.
+    Raises: as ``RunDirectory.choose_resume``.
+    """
+    choice = directory.choose_resume(resume or settings.resume)
+    is_own = choice.path is None or choice.path.resolve().parent == directory.checkpoints_path.resolve()
+    if is_own or choice.path is None or (settings.mode, settings.data) == ("continue", "same"):
+        return choice
+    manifest, identity = read_identified_manifest(choice.path)
+    branch = BranchRecord(
+        step=manifest.step,
+        stage=manifest.stage,
+        stage_step=manifest.stage_step,
+        consumed_samples=manifest.consumed_samples,
+        source=str(choice.path.resolve()),
+        source_manifest_sha256=identity,
+        mode=settings.mode,
+        data=settings.data,
+        data_fingerprint=manifest.data_fingerprint,
+    )
+    changes: dict[str, Any] = {"branches": (*manifest.branches, branch)}
+    if settings.mode == "branch":
+        changes |= {"stage": 0, "stage_step": 0, "loss_mean": 0.0, "loss_deviation": 0.0}
+    if settings.data == "new":
+        changes |= {"consumed_samples": 0, "skipped_samples": 0, "data_fingerprint": None}
+    return dataclasses.replace(choice, manifest=manifest.model_copy(update=changes))
 
 
 def _prepare(directory: RunDirectory) -> None:
@@ -71,7 +102,8 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
     if manifest.stage >= len(config.stages):
         raise CheckpointError(
             f"{path} is of stage {manifest.stage + 1} but the configuration has {len(config.stages)} stage(s); "
-            "give the configuration the run was started with, or another run.directory"
+            "give the configuration the run was started with, or begin another run with it: "
+            f"checkpoint.resume={path} checkpoint.mode=branch run.directory=NEW"
         )
     stage = config.stages[manifest.stage]
     differing = geometry_differences(manifest.geometry, stage.model)

@@ -63,7 +63,7 @@ from growth_megatron.train.health import RollBack
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
-from growth_megatron.train.resume import NEXT_LAYOUT_NAME, find_start
+from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start
 from growth_megatron.train.watchdog import Watchdog
 
 
@@ -95,7 +95,7 @@ def train(loaded: LoadedConfig) -> int:
         metrics = loggers[0] if loggers else metrics
         context = _context(loaded, directory, metrics, stop, watchdog, world_size, choice)
         _rewind(context, choice)
-        collectives.on_rank_zero(partial(_say_mixture, context, choice))
+        collectives.on_rank_zero(partial(_say_start, context, choice))
         code = _walk(context, choice)
         stop.finish()
         return code
@@ -175,9 +175,9 @@ def _roll_back(context: RunContext, order: RollBack, rollbacks: Counter[int], st
 
     Raises: GrowthMegatronError if it was gone back to too often.
     """
-    resume = context.loaded.config.checkpoint.resume
-    mode = "must" if context.directory.checkpoints() else "auto" if resume == "never" else resume
-    choice = collectives.on_rank_zero(lambda: context.directory.choose_resume(mode))
+    settings = context.loaded.config.checkpoint
+    mode = "must" if context.directory.checkpoints() else "auto" if settings.resume == "never" else settings.resume
+    choice = collectives.on_rank_zero(lambda: choose_start(context.directory, settings, mode))
     start = Counters.of_manifest(choice.manifest) if choice.manifest else Counters()
     rollbacks[start.step] += 1
     if rollbacks[start.step] > context.loaded.config.stages[stage].training.non_finite_limit:
@@ -372,17 +372,23 @@ def _rewind(context: RunContext, choice: ResumeChoice) -> None:
         collectives.on_rank_zero(partial(context.metrics.rewind, -1))
         return
     if manifest.data_fingerprint is not None:
-        check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint))
+        check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint), choice.path or "PATH")
     counters = Counters.of_manifest(manifest)
     ends_stage = counters.ends_stage(context.loaded.config)
     collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
 
 
-def _say_mixture(context: RunContext, choice: ResumeChoice) -> None:
+def _say_start(context: RunContext, choice: ResumeChoice) -> None:
+    """What is drawn of the data, and of which run this one is a branch."""
     config = context.loaded.config
     tokens = sum(stage.num_steps * stage.tokens_per_step for stage in config.stages)
     step = choice.manifest.step if choice.manifest else 0
     context.metrics.log("event", step=step, event="data", message=describe_draws(config.data, tokens))
+    new = choice.manifest.branches[-1:] if choice.manifest else ()
+    if choice.path is not None and any(branch.source == str(choice.path.resolve()) for branch in new):
+        data = "its data go on" if config.checkpoint.data == "same" else "other data begin"
+        message = f"branched off {choice.path}; {data}"
+        context.metrics.log("event", step=step, event="branch", message=message, source=str(choice.path.resolve()))
 
 
 def _hand_over(context: RunContext, counters: Counters, world_size: int) -> int:

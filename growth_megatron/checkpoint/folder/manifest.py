@@ -77,6 +77,20 @@ class GrowthRecord(_Strict):
     validation_loss_after: float | None = None
 
 
+class BranchRecord(_Strict):
+    """Where a run began that left another one: with stages or data of its own."""
+
+    step: NonNegativeInt
+    stage: NonNegativeInt
+    stage_step: NonNegativeInt
+    consumed_samples: NonNegativeInt
+    source: str = Field(description="path of the checkpoint, as it was then")
+    source_manifest_sha256: str
+    mode: Literal["continue", "branch"]
+    data: Literal["same", "new"]
+    data_fingerprint: dict[str, Any] | None = Field(description="of the data until then")
+
+
 class Manifest(_Strict):
     """What a checkpoint holds and where its run stood."""
 
@@ -103,6 +117,7 @@ class Manifest(_Strict):
         {}, description="by model key with the layer number written *; absent: 1. What a carried width growth asks for"
     )
     lineage: tuple[GrowthRecord, ...] = ()
+    branches: tuple[BranchRecord, ...] = ()
     validation_loss: float | None = Field(None, description="nats per token, where a validation was made at this step")
 
     @property

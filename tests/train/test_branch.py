@@ -1,0 +1,132 @@
+"""A run begins from any checkpoint of another: as its continuation, as a branch, with the same or with other data."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from growth_megatron.checkpoint.folder.manifest import read_identified_manifest, read_manifest
+from growth_megatron.config.schema import CheckpointConfig
+from growth_megatron.errors import EXIT_OK, EXIT_USAGE
+from growth_megatron.report.curves import render_summary, summarise
+from growth_megatron.train.metrics import read_metrics
+from tests.command_line import Outcome, run_command
+from tests.conftest import write_growing_config
+
+
+@pytest.fixture(scope="module")
+def parent(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``config.yaml`` and ``run``: 4 steps of 2 layers, then 4 of 4, at one learning rate."""
+    folder = tmp_path_factory.mktemp("parent")
+    path = write_growing_config(folder, prepared_corpus)
+    content = yaml.safe_load(path.read_text())
+    content["schedule"] = {"kind": "constant", "learning_rate": 0.003}
+    for stage in content["stages"]:
+        stage["training"]["steps"] = 4
+    path.write_text(yaml.safe_dump(content))
+    assert run_command("train", str(path)).code == EXIT_OK
+    return folder
+
+
+def _one_stage(parent: Path, folder: Path, layers: int, step: int, **checkpoint: Any) -> Path:
+    """``folder/one.yaml``: 2 steps of one stage from a checkpoint of ``parent``, in ``folder/branch``."""
+    content = yaml.safe_load((parent / "config.yaml").read_text())
+    content["stages"] = [{"name": "only", "model": {"num_layers": layers}, "training": {"steps": 2}}]
+    content["run"]["directory"] = str(folder / "branch")
+    content["checkpoint"] |= {"resume": str(parent / "run" / "checkpoints" / f"step_{step:08d}"), **checkpoint}
+    (folder / "one.yaml").write_text(yaml.safe_dump(content))
+    return folder / "one.yaml"
+
+
+def _train(path: Path, *more: str) -> Outcome:
+    outcome = run_command("train", str(path), *more)
+    assert outcome.code == EXIT_OK, outcome.printed
+    return outcome
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(run) if record["kind"] == "train"}
+
+
+@pytest.mark.parametrize(("layers", "step"), [(2, 2), (4, 6)])
+def test_a_branch_off_any_stage_repeats_its_parents_next_steps_bitwise(
+    parent: Path, tmp_path: Path, layers: int, step: int
+) -> None:
+    _train(_one_stage(parent, tmp_path, layers, step, mode="branch"))
+    expected, found = _losses(parent / "run"), _losses(tmp_path / "branch")
+    assert found == {number: expected[number] for number in (step + 1, step + 2)}
+    source, identity = read_identified_manifest(parent / "run" / "checkpoints" / f"step_{step:08d}")
+    saved = read_manifest(tmp_path / "branch" / "latest")
+    assert (saved.step, saved.stage, saved.stage_step) == (step + 2, 0, 2)
+    assert saved.lineage == source.lineage
+    (branch,) = saved.branches
+    assert (branch.step, branch.stage, branch.source_manifest_sha256) == (step, source.stage, identity)
+
+
+def test_a_branch_has_a_schedule_of_its_own_and_resumes_as_any_run(parent: Path, tmp_path: Path) -> None:
+    path = _one_stage(parent, tmp_path, 2, 2, mode="branch")
+    schedule = ["schedule.warmup_steps=2", "schedule.kind=cosine"]
+    _train(path, *schedule)
+    assert "run complete" in _train(path, *schedule).out
+    rates = [r["learning_rate"] for r in read_metrics(tmp_path / "branch") if r["kind"] == "train"]
+    assert rates == pytest.approx([0.0015, 0.003])
+
+
+def test_a_stage_that_a_configuration_does_not_have_can_be_branched_off_as_the_message_says(
+    parent: Path, tmp_path: Path
+) -> None:
+    path = _one_stage(parent, tmp_path, 4, 6)
+    refused = run_command("train", str(path))
+    assert refused.code == EXIT_USAGE
+    (advice,) = re.findall(r"with it: (.*)$", refused.err, re.MULTILINE)
+    _train(path, *shlex.split(advice.replace("=NEW", f"={tmp_path / 'new'}")))
+    assert read_manifest(tmp_path / "new" / "latest").step == 8
+
+
+def test_other_data_are_refused_and_begin_at_their_first_sample_as_the_message_says(
+    parent: Path, prepared_corpus: Path, tmp_path: Path
+) -> None:
+    path = _one_stage(parent, tmp_path, 4, 6, mode="branch")
+    other = [f"data.train.0.path={prepared_corpus / 'validation'}", "data.validation=[]"]
+    refused = run_command("train", str(path), *other)
+    assert refused.code == EXIT_USAGE
+    assert "bin_content_sha256" in refused.err
+    (advice,) = re.findall(r"in another run: (.*)$", refused.err, re.MULTILINE)
+    _train(path, *other, *shlex.split(advice.replace("=NEW", f"={tmp_path / 'new'}")))
+    source, saved = read_manifest(parent / "run/checkpoints/step_00000006"), read_manifest(tmp_path / "new" / "latest")
+    assert (saved.step, saved.consumed_samples) == (8, 16)
+    assert saved.consumed_tokens == source.consumed_tokens + 16 * 32
+    (branch,) = saved.branches
+    assert (branch.data, branch.data_fingerprint) == ("new", source.data_fingerprint)
+    assert saved.data_fingerprint != source.data_fingerprint
+    assert saved.data_fingerprint is not None
+
+
+def test_another_length_of_samples_is_other_data(parent: Path, tmp_path: Path) -> None:
+    path = _one_stage(parent, tmp_path, 2, 2, mode="branch")
+    assert "data.sequence_length: 32 in the checkpoint, 16 now" in run_command(
+        "train", str(path), "model.sequence_length=16"
+    ).err  # fmt: skip
+    _train(path, "model.sequence_length=16", "checkpoint.data=new")
+    assert read_manifest(tmp_path / "branch" / "latest").geometry.sequence_length == 16
+
+
+def test_the_report_joins_a_branch_to_its_parent(parent: Path, tmp_path: Path) -> None:
+    _train(_one_stage(parent, tmp_path, 4, 6, mode="branch"))
+    summary = summarise(tmp_path / "branch")
+    assert [(stage.name, stage.steps) for stage in summary.stages] == [("run/base", 4), ("run/grown", 2), ("only", 2)]
+    assert summary.tokens == read_manifest(tmp_path / "branch" / "latest").consumed_tokens
+    assert summary.growths
+    assert "run/grown" in render_summary(summary)
+
+
+def test_without_a_checkpoint_to_start_from_nothing_can_be_branched() -> None:
+    for key, value in (("mode", "branch"), ("data", "new")):
+        with pytest.raises(ValueError, match=f"{key}: needs the path of a checkpoint as resume, which is auto"):
+            CheckpointConfig.model_validate({key: value})
+        CheckpointConfig.model_validate({key: value, "resume": "runs/a"})
