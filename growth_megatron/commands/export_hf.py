@@ -11,7 +11,7 @@ from growth_megatron.checkpoint.folder.commit import exclusive
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
-from growth_megatron.checkpoint.origin import Origin, find_origin
+from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
 from growth_megatron.commands.parsing import Subparsers, add_command, add_dtype
 from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
@@ -38,7 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     tokenizer = Path(options.tokenizer) if options.tokenizer else None
-    target = Path(options.target)
+    target = Path(options.target.removeprefix(HUGGINGFACE_PREFIX))
     export_hf(options.checkpoint, target, dtype=options.dtype, tokenizer=tokenizer, verify=options.verify)
     return EXIT_OK
 

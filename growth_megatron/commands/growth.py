@@ -31,8 +31,10 @@ from growth_megatron.data.tokenizer import tokenizer_file
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.checked import CheckedGrowth, check_growth
 from growth_megatron.growth.execute import GrowthResult, carry_out
+from growth_megatron.growth.lineage import growth_record
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
+from growth_megatron.growth.verify import RECORD_NAME
 from growth_megatron.growth.view import GrownSource
 from growth_megatron.parallel.collectives import (
     on_all_ranks,
@@ -188,6 +190,8 @@ def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback
             progress=progress,
             source_is_sound=source_is_sound,
         )
+    record = growth_record(growth.origin, growth.plan, growth.policy)
+    (folder / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return [
         f"grew {folder} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written in {len(result.files)} "
         f"files; tokenizer: {note}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from growth_megatron.checkpoint.folder.commit import exclusive
 from growth_megatron.checkpoint.folder.target import check_new
-from growth_megatron.checkpoint.origin import huggingface_origin
+from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, huggingface_origin
 from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
 from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
 from growth_megatron.commands.train_file import write_train_file
@@ -25,7 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import_hf(Path(options.source), Path(options.checkpoint), overwrite=options.overwrite)
+    import_hf(
+        Path(options.source.removeprefix(HUGGINGFACE_PREFIX)), Path(options.checkpoint), overwrite=options.overwrite
+    )
     return EXIT_OK
 
 

@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "growth-megatron verify runs/quickstart",
         "growth-megatron verify runs/quickstart/latest --full",
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint or a run directory")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, a run directory or a Hugging Face folder")
     parser.add_argument("--full", action="store_true", help="every file's checksum and every value of a grown tensor")
     parser.add_argument("--json", action="store_true", help="one object with all checks")
 

@@ -33,21 +33,7 @@ def grown_manifest(
         stage: index of the stage that goes on from it; default: the one after the source's.
         config_hash: of the configuration the growth is part of; default: the source's.
     """
-    source = origin.manifest
-    record = GrowthRecord(
-        operator=plan.operator,
-        options=dict(plan.options),
-        layers=plan.layers,
-        optimizer_state=policy,
-        step=source.step,
-        source=str(origin.path),
-        source_manifest_sha256=origin.identity,
-        source_geometry=plan.source_geometry,
-        target_geometry=plan.target_geometry,
-        seed=plan.seed,
-        library_version=library_version(),
-        validation_loss_before=source.validation_loss,
-    )
+    source, record = origin.manifest, growth_record(origin, plan, policy)
     return source.model_copy(
         update={
             "library_version": record.library_version,
@@ -60,6 +46,24 @@ def grown_manifest(
             "lineage": (*source.lineage, record),
             "validation_loss": None,
         }
+    )
+
+
+def growth_record(origin: Origin, plan: GrowthPlan, policy: OptimizerState) -> GrowthRecord:
+    """What the history of a grown model says of this growth."""
+    return GrowthRecord(
+        operator=plan.operator,
+        options=dict(plan.options),
+        layers=plan.layers,
+        optimizer_state=policy,
+        step=origin.manifest.step,
+        source=str(origin.path),
+        source_manifest_sha256=origin.identity,
+        source_geometry=plan.source_geometry,
+        target_geometry=plan.target_geometry,
+        seed=plan.seed,
+        library_version=library_version(),
+        validation_loss_before=origin.manifest.validation_loss,
     )
 
 

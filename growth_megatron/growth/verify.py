@@ -18,28 +18,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from growth_megatron.checkpoint.folder.files import expected_in
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, read_manifest
-from growth_megatron.checkpoint.origin import Origin, find_origin
-from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, read_common
+from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
+from growth_megatron.checkpoint.huggingface.writer import ExportedWeights
+from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin, huggingface_origin
+from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME, DistCheckpoint, read_common
 from growth_megatron.checkpoint.verify import Check, Outcome, verify_files
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.growth.lineage import grown_multipliers
 from growth_megatron.growth.plan import plan_of_record
 from growth_megatron.growth.rules import GrowthPlan, check_optimizer_state
 from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.architecture import EMBEDDING, tensor_shapes
 from growth_megatron.model.reference import reference_logits
 from growth_megatron.model.tensors import (
     MASTER_PREFIX,
     Region,
     TensorSource,
+    TensorSpec,
     WithFreshOptimizer,
     row_blocks,
     split_state_key,
     whole,
 )
+
+RECORD_NAME = "growth_record.json"
+"""Of a grown Hugging Face folder: what a checkpoint's manifest would say of the growth."""
 
 TOLERANCE = 2e-6
 """Allowed difference of the logits of source and target, relative to the largest."""
@@ -63,16 +72,59 @@ def verify_checkpoints(path: Path, full: bool = False) -> Iterator[Check]:
         NothingValidError: the run has checkpoints and none of them is whole.
     """
     failed: list[Check] = []
-    for check in verify_files(path, full):
+    folder = Path(str(path).removeprefix(HUGGINGFACE_PREFIX))
+    theirs = str(path) != str(folder) or (not (folder / METADATA_NAME).exists() and (folder / CONFIG_NAME).is_file())
+    for check in _huggingface_files(folder) if theirs else verify_files(path, full):
         yield check
         if check.outcome == "OK":
-            for grown in verify_growth(check.path, full):
+            for grown in verify_huggingface_growth(folder, full) if theirs else verify_growth(check.path, full):
                 yield grown
                 if grown.outcome == "FAILED":
                     failed.append(grown)
     if failed:
         names = ", ".join(f"{check.path.name} ({check.subject})" for check in failed)
         raise CheckpointError(f"not what the recorded growth gives: {names}; grow again from the source")
+
+
+def _huggingface_files(folder: Path) -> Iterator[Check]:
+    origin = huggingface_origin(folder)
+    text = f"{len(origin.tensors.keys())} tensors in {len(origin.files())} files, all there; it has no checksums"
+    yield Check(folder, "files", "OK", text)
+
+
+class _Unpadded(ExportedWeights):
+    """Exported weights with the vocabulary that their files have."""
+
+    def __init__(self, source: TensorSource, geometry: ModelConfig, dtype: torch.dtype | None) -> None:
+        super().__init__(source, geometry, dtype)
+        self._unpadded = tensor_shapes(geometry.model_copy(update={"vocab_multiple": 1}))
+
+    @override
+    def spec(self, key: str) -> TensorSpec:
+        return TensorSpec(self._unpadded[key], super().spec(key).dtype)
+
+
+def verify_huggingface_growth(folder: Path, full: bool = False) -> Iterator[Check]:
+    """Checks of the growth that led to a Hugging Face folder; none if it holds no record of one."""
+    if not (folder / RECORD_NAME).is_file():
+        return
+    try:
+        record = GrowthRecord.model_validate_json((folder / RECORD_NAME).read_bytes())
+        plan = plan_of_record(record)
+    except (GrowthMegatronError, ValueError) as error:
+        yield Check(folder, "plan", "FAILED", f"the recorded growth cannot be planned again: {_one_line(error)}")
+        return
+    origin = _recorded_source(folder, record, full)
+    if isinstance(origin, str):
+        yield Check(folder, "growth", "SKIPPED", f"tensors were not compared with the plan's: {origin}")
+        return
+    yield Check(folder, "plan", "OK", f"{plan.operator}, {len(plan.rules)} tensors, from {origin.path}")
+    target, grown = huggingface_origin(folder).tensors, GrownSource(origin.tensors, plan, "reset")
+    dtype = target.spec(EMBEDDING.name).dtype
+    other = dtype if dtype != grown.spec(EMBEDDING.name).dtype else None
+    expected = _Unpadded(grown, plan.target_geometry, other)
+    yield Check(folder, "tensors", *_compare_with(expected, target, full))
+    yield Check(folder, "logits", *_compare_logits(origin.tensors, target, plan))
 
 
 def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
@@ -147,7 +199,10 @@ def _compare_tensors(source: TensorSource, target: DistCheckpoint, plan: GrowthP
     """Every tensor of the plan against the stored one, bit by bit."""
     if _has_state(target) and not _has_state(source):
         source = WithFreshOptimizer(source)
-    grown = GrownSource(source, plan, policy)
+    return _compare_with(GrownSource(source, plan, policy), target, full)
+
+
+def _compare_with(grown: TensorSource, target: TensorSource, full: bool) -> Result:
     stored, expected = set(target.keys()), grown.keys()
     wrong = [f"{key} is missing" for key in expected if key not in stored]
     wrong += [f"{key} is not of this model" for key in sorted(stored.difference(expected))]
@@ -221,7 +276,7 @@ def _steps(common: Any) -> Iterator[float]:
             yield from _steps(item)
 
 
-def _compare_logits(source: TensorSource, target: DistCheckpoint, plan: GrowthPlan) -> Result:
+def _compare_logits(source: TensorSource, target: TensorSource, plan: GrowthPlan) -> Result:
     """Both functions on the same tokens, if the plan keeps the function.
 
     In float32 the rounding of the arithmetic itself grows with the model; where that is too much, float64 decides.
@@ -254,6 +309,8 @@ def _logit_difference(source: TensorSource, target: TensorSource, plan: GrowthPl
     tokens = torch.randint(plan.source_geometry.vocab_size, (_BATCH, _SEQUENCE), generator=generator)  # [b, s]
     before = reference_logits(source, plan.source_geometry, tokens, dtype)
     after = reference_logits(target, plan.target_geometry, tokens, dtype)
+    entries = min(before.shape[-1], after.shape[-1])  # a Hugging Face folder holds no padding
+    before, after = before[..., :entries], after[..., :entries]
     return float((after - before).abs().max() / before.abs().max())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from growth_megatron.__main__ import main
 from growth_megatron.checkpoint.folder.manifest import (
     GrowthRecord,
     checksum_files,
@@ -411,3 +412,32 @@ def test_values_that_are_not_numbers_are_equal_but_no_function(
 
 def test_the_written_step_is_the_one_that_is_read(tmp_path: Path) -> None:
     assert set(module._steps(read_common(_source(tmp_path / "source")))) == {100.0}
+
+
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("source", ["checkpoint", "hf"])
+def test_a_grown_hugging_face_folder_is_compared_with_its_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, dtype: list[str]
+) -> None:
+    pytest.importorskip("transformers")
+    write_llama(tmp_path / "hf", {"vocab_size": 100})
+    assert main(["import-hf", f"hf:{tmp_path / 'hf'}", str(tmp_path / "checkpoint")]) == 0
+    target, wide = tmp_path / "grown", ["num_layers=3", "hidden_size=96", "num_attention_heads=8"]
+    named = "hf:" * (source == "hf") + str(tmp_path / source)
+    how = ["--operator", "identity+split", "--set", *wide, *dtype]
+    assert main(["grow", named, f"hf:{target}", *how]) == 0
+    for path in (str(target), f"hf:{target}"):
+        capsys.readouterr()
+        assert main(["verify", path, "--full"]) == 0
+        lines = [(line.split()[0], line.split()[2]) for line in capsys.readouterr().out.splitlines()]
+        logits = "SKIPPED" if dtype else "OK"
+        assert lines == [("OK", "files:"), ("OK", "plan:"), ("OK", "tensors:"), (logits, "logits:")]
+    file = target / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert main(["verify", str(target), "--full"]) == EXIT_USAGE
+    assert "1 of " in (printed := capsys.readouterr().out)
+    assert "tensors are not what the plan gives" in printed
+    (target / "growth_record.json").unlink()
+    assert main(["verify", str(target)]) == 0
