@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -83,6 +84,7 @@ class Torture:
         with open(run.with_suffix(".log"), "a") as log:
             return subprocess.Popen(
                 [*command, f"run.directory={run}", *overrides], cwd=ROOT, stdout=log, stderr=log, text=True,
+                env={"GROWTH_MEGATRON_VENV": sys.prefix, **os.environ},
                 start_new_session=True,
             )  # fmt: skip
 

@@ -101,7 +101,7 @@ def _without_distribution(engine: Engine) -> None:
         params_dtype=config.params_dtype,
         use_distributed_optimizer=False,
     )
-    engine._optimizer = get_megatron_optimizer(optimizer, engine.wrapped)
+    engine._optimizer = get_megatron_optimizer(optimizer, engine.wrapped, use_gloo_process_groups=False)
     engine._epsilon_multipliers = [1.0 for _ in engine.optimizer.param_groups]
     config.grad_scale_func = engine.optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
