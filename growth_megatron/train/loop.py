@@ -82,6 +82,7 @@ class StageLoop:
         self._validation = collectives.on_all_ranks(self._validation_batches)
         self._rollback: RollBack | None = None
         self._skipped_in_a_row = 0
+        self._leaving = False
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
     def note_loss_after_growth(self, loss: float | None) -> None:
@@ -112,10 +113,9 @@ class StageLoop:
         elif self._evaluated_step != self.counters.step:
             self.validate()
         self._commit_pending(wait=True)
+        self._leaving = not ended and not self._rollback
         if self._saved_step != self.counters.step and self.counters.step > 0 and not self._rollback:
             self._save(in_background=False)
-        if not ended and not self._rollback:
-            self.context.stop.finish()  # all is saved: another signal changes nothing
         return self._rollback or ended
 
     def validate(self) -> float | None:
@@ -287,6 +287,8 @@ class StageLoop:
             with self._writing(step):
                 checksums = pending.save.finish()
                 path, size_bytes = collectives.on_rank_zero(partial(self._commit, pending, checksums))
+            if self._leaving:
+                self.context.stop.finish()  # all is saved: another signal changes nothing
         except CheckpointError as error:  # of all ranks alike
             collectives.on_rank_zero(partial(self.context.directory.discard, step))
             message = f"no checkpoint of step {step}: {error}"
