@@ -131,6 +131,7 @@ class StageLoop:
             stage=self.stage.name,
             consumed_tokens=self.counters.consumed_tokens,
             flops=self.counters.flops,
+            flops_6nd=self.counters.flops_6nd,
             validation_loss=loss,
         )
         self._restart_window()
@@ -213,6 +214,7 @@ class StageLoop:
             consumed_tokens=self.counters.consumed_tokens,
             consumed_samples=self.counters.consumed_samples,
             flops=self.counters.flops,
+            flops_6nd=self.counters.flops_6nd,
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=rate,
