@@ -10,7 +10,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "plot": ["matplotlib"],
-    "hf": ["transformers>=4.45"],
+    "hf": ["transformers>=4.45", "tokenizers"],
     "eval": ["lm-eval"],
     "dev": [
         "pytest",

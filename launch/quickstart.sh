@@ -84,3 +84,6 @@ bash launch/torchrun.sh -n "$processes" "$config" "$@"
 
 step "6/6 report"
 growth-megatron report "$run"
+
+echo
+echo "to go on by hand: cd $repository && source $venv/bin/activate"

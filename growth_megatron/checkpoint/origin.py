@@ -157,7 +157,10 @@ class CheckpointOrigin(Origin):
         if not path.is_file():
             return None, "none: the checkpoint has no config.yaml that names one"
         try:
-            tokenizer = Path(read_config(path).config.data.tokenizer)
+            named = read_config(path).config.data.tokenizer
+            if named is None:
+                return None, f"none: {path} names none"
+            tokenizer = Path(named)
             if not tokenizer.is_file():
                 return None, f"none: {tokenizer}, named in {path}, is not there"
             trained_with = (self.manifest.data_fingerprint or {}).get("tokenizer_sha256")

@@ -12,13 +12,11 @@ from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
 from growth_megatron.checkpoint.origin import Origin, find_origin
-from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.commands.parsing import Subparsers, add_command, add_dtype
 from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
 from growth_megatron.errors import EXIT_OK, CheckpointError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -30,9 +28,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest or a run directory")
     parser.add_argument("target", metavar="DIR", help="folder to be made")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")
+    add_dtype(parser, "of the weights; default: as stored")
     parser.add_argument(
-        "--tokenizer", metavar="PATH", help="SentencePiece model or Hugging Face folder; default: the run's own"
+        "--tokenizer", metavar="PATH", help="SentencePiece model, tokenizer.json or folder; default: the run's own"
     )
     parser.add_argument("--verify", action="store_true", help="compare logits and token ids with transformers")
 
@@ -50,7 +48,7 @@ def export_hf(
     """Write a checkpoint (or the newest valid one of a run) as the new Hugging Face folder ``target``.
 
     Args:
-        dtype: one of ``DTYPES``; default: as stored.
+        dtype: name of a torch type; default: as stored.
         tokenizer: SentencePiece model or Hugging Face folder; default: the one that the run was configured with.
         verify: load the result with transformers and compare logits and token ids.
 
@@ -71,7 +69,7 @@ def export_hf(
     else:
         note = str(tokenizer)
     print(f"tokenizer  {note}", flush=True)
-    wanted = DTYPES[dtype] if dtype else None
+    wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     with (
         exclusive(target),
         bytes_progress(f"exporting {target.name}") as progress,

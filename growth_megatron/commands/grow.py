@@ -8,7 +8,7 @@ from pathlib import Path
 
 from growth_megatron.commands.growth import grow, plan_grow
 from growth_megatron.commands.growth_request import read_request
-from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
+from growth_megatron.commands.parsing import Subparsers, add_command, add_dtype, add_overwrite
 from growth_megatron.errors import EXIT_OK, ConfigError
 from growth_megatron.growth.operators import names_by_side
 
@@ -52,13 +52,18 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
         "tie_embeddings, norm_epsilon; order=interleaved|tiled, shares=even|uneven, cancelling_noise=X, noise=X, "
         "multipliers=true",
     )
-    parser.add_argument("--layers", metavar="LIST", help="source layers: 0,1,0,1 from 0, or the paper's 1-234*7-56")
+    parser.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="source layers: from 0, as 0,1,0,1 or 0-23,6-29 or '0-3 x6'; or the paper's 1-234*7-56",
+    )
     parser.add_argument(
         "--optimizer-state", choices=["reset", "carry", "asymmetric"], help="default: reset (sparkling: asymmetric)"
     )
     parser.add_argument("--seed", type=int, help="of new weights, noise and uneven shares; default: 0")
     parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")
     parser.add_argument("--materialize", action="store_true", help="write all data, also where links would do")
+    add_dtype(parser, "of an hf: TARGET's weights; default: as in the source")
     parser.add_argument("--verify-source", action="store_true", help="read and sum the files that are linked, too")
     add_overwrite(parser)
 
@@ -79,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         optimizer_state=options.optimizer_state,
         seed=options.seed,
     )
-    how = {"materialize": options.materialize, "overwrite": options.overwrite}
+    how = {"materialize": options.materialize, "overwrite": options.overwrite, "dtype": options.dtype}
     if options.plan:
         plan_grow(options.source, options.target, request, as_json=options.json, **how)
     else:

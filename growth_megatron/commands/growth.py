@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from growth_megatron.checkpoint.folder.commit import exclusive, temporary_path
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.folder.target import check_new, check_room
@@ -22,12 +24,11 @@ from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
 from growth_megatron.commands.growth_forecast import forecast, render_forecast, render_map
 from growth_megatron.commands.growth_request import GrowthRequest
-from growth_megatron.config.lines import model_section
+from growth_megatron.commands.train_file import write_train_file
 from growth_megatron.config.progress_bar import BytesCallback, bytes_progress
 from growth_megatron.config.units import format_bytes
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.checked import CheckedGrowth, check_growth
-from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.execute import GrowthResult, carry_out
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
@@ -48,6 +49,7 @@ def grow(
     materialize: bool,
     overwrite: bool = False,
     verify_source: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Grow what ``source`` names into the new folder ``target``, and say what is done; on all ranks of torchrun alike.
 
@@ -57,6 +59,7 @@ def grow(
         materialize: write all data anew where links would do.
         overwrite: replace ``target`` if it is a checkpoint of this library.
         verify_source: read and sum the files that are linked, too.
+        dtype: of the weights of a Hugging Face folder, as torch calls it; default: as in the source.
 
     Raises:
         GrowthError: settings that make no growth of this source.
@@ -70,7 +73,7 @@ def grow(
         if not weights_only:
             stack.enter_context(_process_group())
         origin = on_all_ranks(lambda: find_origin(source))
-        growth = _checked(origin, request, folder, weights_only, materialize, overwrite)
+        growth = _checked(origin, request, folder, weights_only, materialize, overwrite, dtype)
         if first:
             lines = [f"passed over: {item.path}: {item.reason}" for item in origin.skipped]
             print("\n".join([*lines, *render_forecast(growth, forecast(growth))]), flush=True)
@@ -89,7 +92,7 @@ def grow(
                     verify_source=verify_source,
                     progress=progress if first else None,
                 )
-                lines = _done_lines(result, origin, verify_source)
+                lines = on_rank_zero(lambda: _done_lines(result, origin, verify_source))
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error} ({error.filename})") from None
     if first:
@@ -104,6 +107,7 @@ def plan_grow(
     materialize: bool,
     as_json: bool,
     overwrite: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Say what a growth would do, from the source's metadata alone: no tensor is read, nothing is written.
 
@@ -111,7 +115,7 @@ def plan_grow(
     """
     folder, weights_only = _folder(target) if target is not None else (None, False)
     origin = find_origin(source, metadata_alone=True)
-    growth = _checked(origin, request, folder, weights_only, materialize, overwrite, metadata_alone=True)
+    growth = _checked(origin, request, folder, weights_only, materialize, overwrite, dtype, metadata_alone=True)
     figures = forecast(growth)
     if rank_from_environment() == 0:
         if as_json:
@@ -134,9 +138,12 @@ def _checked(
     weights_only: bool,
     materialize: bool,
     overwrite: bool,
+    dtype: str | None,
     metadata_alone: bool = False,
 ) -> CheckedGrowth:
     target, growth = request.resolve(origin.geometry)
+    if dtype is not None and not weights_only:
+        raise GrowthError(f"--dtype {dtype} goes with a Hugging Face folder; name one as hf:TARGET, or leave it out")
     if weights_only and growth.optimizer_state not in (None, "reset"):
         raise GrowthError(f"optimizer_state {growth.optimizer_state}, but a Hugging Face folder holds weights alone")
     policy = "reset" if weights_only else choose(growth).state_policy
@@ -150,6 +157,7 @@ def _checked(
         folder,
         materialize=materialize,
         weights_only=weights_only,
+        dtype=getattr(torch, dtype) if dtype else None,
         metadata_alone=metadata_alone,
     )
 
@@ -170,7 +178,7 @@ def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback
             GrownSource(growth.origin.tensors, growth.plan, "reset"),
             growth.plan.target_geometry,
             folder,
-            dtype=None,
+            dtype=growth.dtype,
             tokenizer=tokenizer,
             progress=progress,
             source_is_sound=source_is_sound,
@@ -204,23 +212,5 @@ def _done_lines(result: GrowthResult, origin: Origin, verify_source: bool) -> li
         notes.append(f"{format_bytes(result.bytes_copied)} of them copied data")
     if result.bytes_resumed:
         notes.append(f"{format_bytes(result.bytes_resumed)} taken over from an interrupted attempt")
-    geometry = result.manifest.geometry
-    done = f"grew {result.path} in {result.seconds:.2f} s: {', '.join(notes)}"
-    if not origin.is_of_a_run:  # no configuration of ours yet
-        return [
-            done,
-            f"train it with checkpoint.resume={result.path}, a new run.directory and",
-            *model_section(geometry),
-        ]
-    before = result.manifest.lineage[-1].source_geometry
-    sizes = {key: getattr(geometry, key) for key in (*GEOMETRY_FIELDS, "norm_epsilon", "tie_embeddings")}
-    changed = [key for key, size in sizes.items() if size != getattr(before, key)]
-    if geometry.head_dim * geometry.num_attention_heads != geometry.hidden_size and "head_dim" not in changed:
-        changed.append("head_dim")  # the default, hidden size over heads, is not it
-    settings = " ".join(f"model.{key}={str(sizes[key]).lower()}" for key in changed)
-    return [
-        done,
-        f"go on with: growth-megatron train CONFIG.yaml checkpoint.resume={result.path} {settings}".rstrip() + " "
-        f"run.directory=NEW (its first stage starts at step 0 of its schedule; step {result.manifest.step:,}, tokens "
-        "and data position count on)",
-    ]
+    lines = write_train_file(result.path, result.manifest.geometry, origin)
+    return [f"grew {result.path} in {result.seconds:.2f} s: {', '.join(notes)}", *lines]

@@ -132,7 +132,11 @@ def render_forecast(growth: CheckedGrowth, figures: dict[str, Any]) -> list[str]
             f"embeddings {format_count(before.without_embeddings)} -> {format_count(after.without_embeddings)})",
         ),
         ("layers", f"{compact_layers(plan.layers or ())} (source layers from 0, in the target's order)"),
-        ("connection rate", f"{100 * figures['connection_rate']:.1f} % of neighbouring layers were neighbours before"),
+    ]
+    if plan.layers != tuple(range(plan.source_geometry.num_layers)):
+        kept = f"{100 * figures['connection_rate']:.1f} % of neighbouring layers were neighbours before"
+        rows.append(("connection rate", kept))
+    rows += [
         ("function", "kept: the logits stay what they were" if plan.function_preserving else "changed"),
         ("optimizer state", _POLICY_WORDS.get(figures["optimizer_state"], "none in a Hugging Face folder")),
     ]

@@ -10,7 +10,8 @@ from growth_megatron.checkpoint.folder.target import check_new
 from growth_megatron.checkpoint.origin import huggingface_origin
 from growth_megatron.checkpoint.torch_dist.writer import WriteResult, write_checkpoint
 from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
-from growth_megatron.config.lines import model_line, model_section
+from growth_megatron.commands.train_file import write_train_file
+from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
 from growth_megatron.errors import EXIT_OK
@@ -52,9 +53,7 @@ def import_hf(source: Path, target: Path, *, overwrite: bool = False) -> WriteRe
             progress=progress,
             overwrite=overwrite,
         )
-    print(
-        f"imported {target} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written\n"
-        f"train it with checkpoint.resume={target}, a new run.directory and\n"
-        + "\n".join(model_section(origin.geometry))
-    )
+        lines = write_train_file(target, origin.geometry, origin)
+    print(f"imported {target} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written")
+    print("\n".join(lines))
     return result

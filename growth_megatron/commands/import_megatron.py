@@ -18,7 +18,8 @@ from growth_megatron.checkpoint.torch_dist.megatron import SETTINGS, MegatronChe
 from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
-from growth_megatron.config.lines import model_line, model_section
+from growth_megatron.commands.train_file import write_train_file
+from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
 from growth_megatron.config.words import did_you_mean
@@ -94,11 +95,9 @@ def import_megatron(
                 overwrite=overwrite,
             )
             written, how = result.bytes_written, "optimizer state made anew"
-    print(
-        f"imported {target}: {format_bytes(written)} written, {how}; step {found.manifest.step:,}\n"
-        f"train it with checkpoint.resume={target}, a new run.directory and\n"
-        + "\n".join(model_section(found.geometry))
-    )
+        lines = write_train_file(target, found.geometry)
+    print(f"imported {target}: {format_bytes(written)} written, {how}; step {found.manifest.step:,}")
+    print("\n".join(lines))
 
 
 def _check_source(source: Path) -> None:

@@ -35,6 +35,11 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser, help: str) -> None:
+    """``--dtype`` of the subcommands that write a Hugging Face folder."""
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=help)
+
+
 def add_text_inputs(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommands that read text."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from growth_megatron.commands.parsing import Subparsers, add_command, add_config
 from growth_megatron.commands.plan_tables import print_plan
-from growth_megatron.errors import EXIT_OK
+from growth_megatron.data.mixture import describe_draws, draws
+from growth_megatron.errors import EXIT_OK, DataError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.plan import plan_run, plan_to_dict
 
@@ -31,11 +33,19 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    plan = plan_run(load_config(options.config, options.overrides).config, options.world_size)
+    config = load_config(options.config, options.overrides).config
+    plan = plan_run(config, options.world_size)
+    data = None
+    try:
+        data = [dataclasses.asdict(draw) for draw in draws(config.data, plan.tokens)]
+        text = describe_draws(config.data, plan.tokens)
+    except DataError as error:
+        text = f"data: shares and epochs are not known yet: {error}"
     if options.json:
-        print(json.dumps(plan_to_dict(plan), indent=1))
+        print(json.dumps({**plan_to_dict(plan), "data": data}, indent=1))
     else:
         print_plan(plan, Console())
+        print(text)
     return EXIT_OK
 
 

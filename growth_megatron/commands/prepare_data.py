@@ -16,7 +16,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "growth-megatron prepare-data data/train --tokenizer data/tokenizer.model --output data/train_8k",
         "growth-megatron prepare-data corpus.jsonl.zst --tokenizer t.model --output data/c --validation-every 100",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="MODEL")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece model, tokenizer.json, or a folder with one"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
     parser.add_argument("--validation-every", type=int, metavar="N", help="every N-th document to PREFIX_validation")
     add_text_inputs(parser)

@@ -35,12 +35,6 @@ def model_line(model: ModelConfig) -> str:
     )
 
 
-def model_section(model: ModelConfig) -> list[str]:
-    """Lines of the ``model:`` section of a configuration for this geometry."""
-    fields = model.model_dump(mode="json", exclude_none=True)
-    return ["  model:", *(f"    {name}: {str(value).lower()}" for name, value in fields.items())]
-
-
 def layout_line(layout: ParallelConfig, world_size: int) -> str:
     """The layout a checkpoint was saved at, in one line."""
     data = world_size // layout.model_parallel_size
@@ -69,7 +63,7 @@ def describe_options(options: Mapping[str, Any], seed: int) -> str:
 
 
 def compact_layers(layers: Sequence[int]) -> str:
-    """A layer list in few words, from 0: stretches in order, and how often each comes: ``0-3 x6``, ``0-3, 1-3 x5``."""
+    """A layer list in few words, from 0: ``0-3 x6``, ``0-3, 1-3 x5``; ``growth.layers`` reads it."""
     stretches: list[list[int]] = []
     for layer in layers:
         if stretches and layer == stretches[-1][-1] + 1:
@@ -83,4 +77,5 @@ def compact_layers(layers: Sequence[int]) -> str:
             counted[-1] = (name, counted[-1][1] + 1)
         else:
             counted.append((name, 1))
-    return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counted)
+    text = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counted)
+    return text if "," in text or "x" in text or text.startswith("0") else f"{text} x1"  # not the paper's notation

@@ -121,8 +121,9 @@ def _unknown(key: str, parent: tuple[str | int, ...]) -> tuple[str, str | None]:
         return f"is shared by all stages; move it to the top level (a stage may have {', '.join(names)})", None
     meant = suggest(key, names)
     if homes := _homes().get(key):
-        hint = f", or write {meant} if that was meant" if meant else ""
-        return f"unknown key here; it belongs to {' or '.join(homes)}, move it there{hint}", meant
+        hint = f"did you mean {meant}? " if meant else ""
+        home = f"{key} belongs to {' or '.join(homes)}, move it there if that was meant"
+        return f"unknown key here; {hint}allowed: {', '.join(names)}; {home}, or remove it", meant
     elsewhere = suggest(key, _homes())
     if meant is None and elsewhere is not None:
         places = " or ".join(f"{home}.{elsewhere}" for home in _homes()[elsewhere])

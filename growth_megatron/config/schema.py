@@ -10,6 +10,7 @@ so that every ``StageConfig`` here is complete by itself.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -151,13 +152,15 @@ class DatasetConfig(Section):
     """One prepared dataset of a blend."""
 
     path: str = Field(min_length=1, description="prefix of .bin and .idx")
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = Field(None, description="share of the samples; default: by its tokens")
 
 
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    tokenizer: str = Field(min_length=1, description="SentencePiece model file")
+    tokenizer: str | None = Field(
+        None, min_length=1, description="SentencePiece model, tokenizer.json, or a folder with one"
+    )
     train: tuple[DatasetConfig, ...] = Field(min_length=1)
     validation: tuple[DatasetConfig, ...] = ()
     validation_fraction: Fraction = Field(
@@ -166,9 +169,19 @@ class DataConfig(Section):
     cache_directory: str | None = Field(None, description="sample index cache; default: beside the run")
 
     @model_validator(mode="after")
-    def _one_validation(self) -> Self:
+    def _datasets(self) -> Self:
+        problems = []
         if self.validation and self.validation_fraction:
-            refuse([("validation_fraction", "is given together with validation files; keep one of the two")])
+            problems.append(("validation_fraction", "is given together with validation files; keep one of the two"))
+        trained_on = {os.path.normpath(entry.path) for entry in self.train}
+        for index, entry in enumerate(self.validation):
+            if os.path.normpath(entry.path) in trained_on:
+                text = "is in train too, so it would measure what is known by heart; name other data or leave it out "
+                problems.append((f"validation.{index}.path", f"{text}and set validation_fraction"))
+        for name, entries in (("train", self.train), ("validation", self.validation)):
+            if len({entry.weight is None for entry in entries}) > 1:
+                problems.append((name, "some entries have a weight and some have none; give it to all, or to none"))
+        refuse(problems)
         return self
 
 

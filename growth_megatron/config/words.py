@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-_CUTOFF = 0.6  # of difflib's ratio: one slip in a short word, two or three in a long one
+_CUTOFF = 0.65  # of difflib's ratio: one slip in a short word, two or three in a long one
 
 
 def closest(word: str, allowed: Iterable[str], count: int = 1) -> list[str]:

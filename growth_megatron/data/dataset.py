@@ -27,6 +27,7 @@ from megatron.core.datasets.utils import Split
 from growth_megatron.config.schema import DataConfig, DatasetConfig
 from growth_megatron.data.fingerprint import idx_digest
 from growth_megatron.data.index_cache import cached_arrays
+from growth_megatron.data.mixture import weights
 from growth_megatron.data.order import Blend, key_of, permute, split_documents
 from growth_megatron.data.prepared import open_indexed
 from growth_megatron.errors import DataError
@@ -230,7 +231,7 @@ def build_train_dataset(data: DataConfig, sequence_length: int, seed: int, cache
         _open_epoch(entry, part, data.validation_fraction, sequence_length, seed, cache_directory)
         for entry in data.train
     ]
-    return Stream(epochs, [entry.weight for entry in data.train], seed)
+    return Stream(epochs, weights(data.train), seed)
 
 
 def build_validation_dataset(
@@ -248,7 +249,7 @@ def build_validation_dataset(
         _open_epoch(entry, part, data.validation_fraction, sequence_length, VALIDATION_SEED, cache_directory)
         for entry in entries
     ]
-    found = ValidationSet(epochs, [entry.weight for entry in entries], VALIDATION_SEED, samples)
+    found = ValidationSet(epochs, weights(entries), VALIDATION_SEED, samples)
     if len(found) < samples and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
         logger.warning("evaluation.samples is %d, the validation data hold %d: using these", samples, len(found))
     return found

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy
 
 from growth_megatron.data.corpus import Source, parse_record, read_text, reading
+from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
@@ -115,7 +116,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
 
 
-_loaded = cache(Tokenizer)  # once per worker process
+_loaded = cache(open_tokenizer)  # once per worker process
 
 
 def _run_task(task: Task, tokenizer_path: Path, text_field: str) -> Encoded:

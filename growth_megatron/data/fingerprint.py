@@ -15,7 +15,8 @@ from typing import Any
 
 from growth_megatron.config.schema import DataConfig, DatasetConfig
 from growth_megatron.data.contents import contents
-from growth_megatron.data.prepared import open_indexed, regions, suffixed
+from growth_megatron.data.mixture import suffixed, weights
+from growth_megatron.data.prepared import open_indexed, regions
 from growth_megatron.data.tokenizer import tokenizer_sha256
 from growth_megatron.errors import DataError
 
@@ -41,11 +42,11 @@ def bin_digest(prefix: str | Path) -> str:
     return _digest(suffixed(prefix, ".bin"))
 
 
-def _dataset(entry: DatasetConfig, cache_directory: str | Path) -> dict[str, Any]:
+def _dataset(entry: DatasetConfig, weight: float, cache_directory: str | Path) -> dict[str, Any]:
     indexed, found = open_indexed(entry.path), contents(entry.path, cache_directory)
     return {
         "path": entry.path,
-        "weight": entry.weight,
+        "weight": weight,
         "documents": len(indexed),
         "tokens": int(indexed.sequence_lengths.sum()),
         "idx_sha256": idx_digest(entry.path),
@@ -64,10 +65,12 @@ def fingerprint(data: DataConfig, sequence_length: int, seed: int, cache_directo
         "version": VERSION,
         "seed": seed,
         "sequence_length": sequence_length,
-        "tokenizer_sha256": tokenizer_sha256(data.tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(data.tokenizer) if data.tokenizer else None,
         "validation_fraction": data.validation_fraction,
-        "train": [_dataset(entry, cache_directory) for entry in data.train],
-        "validation": [_dataset(entry, cache_directory) for entry in data.validation],
+        **{
+            name: [_dataset(*pair, cache_directory) for pair in zip(entries, weights(entries), strict=True)]
+            for name, entries in (("train", data.train), ("validation", data.validation))
+        },
     }
 
 
@@ -87,6 +90,9 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
     then, now = _flat(saved), _flat(current)
     if saved.get("version") == 1:  # by an earlier version, which did not read everything
         now = {name: value for name, value in now.items() if not name.endswith(SINCE_VERSION_2)}
+
+    if None in (saved.get("tokenizer_sha256"), current.get("tokenizer_sha256")):  # the ids are the same without
+        then.pop("tokenizer_sha256", None), now.pop("tokenizer_sha256", None)
 
     def shown(leaves: dict[str, Any], name: str) -> str:
         if name not in leaves:

@@ -21,7 +21,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.data.corpus import Source, list_sources
 from growth_megatron.data.encode import encode_corpus, token_dtype
-from growth_megatron.data.prepared import Description, suffixed
+from growth_megatron.data.json_tokenizer import open_tokenizer
+from growth_megatron.data.mixture import suffixed
+from growth_megatron.data.prepared import Description
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
@@ -149,7 +151,7 @@ def prepare_data(
     prefixes = [Path(output_prefix)] + ([validation_prefix(output_prefix)] if validation_every else [])
     if not overwrite:
         _refuse_existing(prefixes)
-    reader = Tokenizer(tokenizer)
+    reader = open_tokenizer(tokenizer)
     sources = list_sources(inputs)
     started, disk_bytes, total_bytes = time.monotonic(), 0, sum(source.size_bytes for source in sources)
     shown = bytes_progress("preparing", stream=progress_stream)

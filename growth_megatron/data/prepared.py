@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,20 +18,16 @@ import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.data.json_tokenizer import open_tokenizer
+from growth_megatron.data.mixture import IDX_HEADER, suffixed
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
 FORMAT = 1
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\x00\x00", 1
-IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
 IDX_DTYPES: dict[int, type[numpy.generic]] = {4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
 _BLOCK_SEQUENCES = 1 << 20
 REGIONS, REGION_BYTES = 64, 1 << 16  # what is read of a large file where all of it would take too long
-
-
-def suffixed(prefix: str | Path, suffix: str) -> Path:
-    """``PREFIX.bin`` and its like; unlike ``Path.with_suffix`` it keeps the dots of the prefix."""
-    return Path(f"{prefix}{suffix}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ def regions(path: Path, whole_bytes: int = REGIONS * REGION_BYTES) -> Iterator[b
         yield stream.read(8)
 
 
-def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _check_one(entry: DatasetConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     open_indexed(entry.path)
     description = read_description(entry.path)
     if description is None:
@@ -158,7 +153,7 @@ def _check_one(entry: DatasetConfig, tokenizer: Tokenizer, vocab_size: int) -> N
             f"is {vocab_size}; set model.vocab_size to {description.vocab_size} or prepare the data with a smaller "
             "tokenizer"
         )
-    if description.tokenizer_sha256 != tokenizer.sha256:
+    if tokenizer is not None and description.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"dataset {entry.path} was prepared with another tokenizer ({description.tokenizer}, sha256 "
             f"{description.tokenizer_sha256[:12]}) than data.tokenizer ({tokenizer.path}, {tokenizer.sha256[:12]}); "
@@ -173,8 +168,8 @@ def check_data(data: DataConfig, vocab_size: int) -> None:
 
     Raises: DataError naming the first thing that does not fit, and the remedy.
     """
-    tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
+    tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocab_size is {vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or use a smaller tokenizer"

@@ -1,7 +1,7 @@
 """SentencePiece tokenizers: a thin reader and the training of new ones.
 
 Owns: the model file, ids of text, text of ids.
-Does not own: which ids end a document in a dataset (``encode``).
+Does not own: Hugging Face's tokenizers (``json_tokenizer``), which ids end a document in a dataset (``encode``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from growth_megatron.errors import DataError
 MAX_SENTENCE_BYTES = 1 << 14  # SentencePiece silently drops a longer line, so longer ones are cut
 # The number of threads is written into the model file and changes nothing else in it: one constant keeps files equal.
 TRAINING_THREADS = 16
+FILE_NAMES = ("tokenizer.json", "tokenizer.model")  # in a folder
 SHORT_TEXT, LONG_TEXT = 1 << 13, 1 << 23  # characters
 
 
@@ -31,12 +32,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(
-                f"tokenizer {self.path} does not exist; train one with "
-                f"`growth-megatron train-tokenizer INPUT --output {self.path} --vocab-size N` or correct the path"
-            )
+        self.path = tokenizer_file(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self.vocab_size = int(self._processor.vocab_size())
@@ -88,10 +84,26 @@ class Tokenizer:
         return tokenizer_sha256(self.path)
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """``path``, or of a folder the file that is its tokenizer.
+
+    Raises: DataError where there is none.
+    """
+    path = Path(path)
+    found = next((path / name for name in FILE_NAMES if (path / name).is_file()), path)
+    if not found.is_file():
+        what = f"has no {' or '.join(FILE_NAMES)}" if path.is_dir() else "does not exist"
+        raise DataError(
+            f"tokenizer {path} {what}; give a SentencePiece model, a tokenizer.json or a folder with one, or train one "
+            "with `growth-megatron train-tokenizer INPUT --output tokenizer.model --vocab-size N`"
+        )
+    return found
+
+
 def tokenizer_sha256(path: str | Path) -> str:
-    """Hash of a tokenizer file, by which datasets and checkpoints know it."""
+    """Hash of a tokenizer's file, by which datasets and checkpoints know it."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(f"tokenizer {path} cannot be read ({error.strerror}); correct data.tokenizer") from error
 

@@ -48,7 +48,8 @@ class Costs:
 class CheckedGrowth:
     """A plan that fits its origin. ``check_growth`` makes one; what it says is worked out once, when it is asked.
 
-    ``weights_only``: the target is a Hugging Face folder, without any optimizer state.
+    ``weights_only``: the target is a Hugging Face folder, without any optimizer state; ``dtype``: of its weights,
+    if another than the origin's.
     """
 
     origin: Origin
@@ -57,6 +58,7 @@ class CheckedGrowth:
     target: Path | None
     materialize: bool = False
     weights_only: bool = False
+    dtype: torch.dtype | None = None
 
     @cached_property
     def can_link(self) -> bool:
@@ -112,7 +114,7 @@ class CheckedGrowth:
                 if prefix in MOMENT_PREFIXES and not rule.keeps_moments(self.policy):
                     continue
                 if rule.fill != "zeros":
-                    written += math.prod(rule.shape) * dtype.itemsize
+                    written += math.prod(rule.shape) * (self.dtype or dtype).itemsize
                 from_master = prefix == "" and MASTER_PREFIX in specs and not rule.is_selection
                 if rule.source is not None and not from_master:  # a computed weight is its master, cast
                     read_dtype = dtype if example in stored else specs[""][1]  # a fresh master is its weight, widened
@@ -128,6 +130,7 @@ def check_growth(
     *,
     materialize: bool = False,
     weights_only: bool = False,
+    dtype: torch.dtype | None = None,
     metadata_alone: bool = False,
 ) -> CheckedGrowth:
     """Whether ``plan`` fits ``origin``; with a process group all ranks call it alike.
@@ -148,7 +151,7 @@ def check_growth(
         raise GrowthError(f"optimizer_state is {policy} but {origin.path} holds no optimizer state; use reset")
     if not metadata_alone:
         on_rank_zero(lambda: _check_finite(origin))
-    return CheckedGrowth(origin, plan, policy, target, materialize, weights_only)
+    return CheckedGrowth(origin, plan, policy, target, materialize, weights_only, dtype)
 
 
 def _check_finite(origin: Origin) -> None:

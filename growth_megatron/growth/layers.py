@@ -8,11 +8,13 @@ Two notations are read:
 
 - the paper's (arXiv 2405.15319): each digit is a source layer counted from 1, ``-`` separates segments, ``S*k`` repeats
   segment S k times. ``12-3456*5-56`` is 1 2, five times 3 4 5 6, then 5 6. It cannot name a tenth layer.
-- a list with commas, counted from 0, for any number of layers: ``0,1,0,1``.
+- a list with commas, counted from 0, for any number of layers, with ranges and repeats: ``0,1,0,1``, ``0-23,6-29``,
+  ``0-3 x6``. ``config.lines.compact_layers`` writes such a list.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -24,9 +26,13 @@ MAX_LAYERS = 4096
 LayerList = Callable[[int, int], tuple[int, ...]]
 """(source layers, target layers) -> source layer, from 0, of each target layer. Raises GrowthError."""
 
+_FROM_ZERO = re.compile(r"\s*0\s*(-\s*[0-9]+\s*)?")
+"""A list of one entry: no layer of the paper's notation is 0."""
+_ENTRY = re.compile(r"([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?(?:\s*[x*]\s*([0-9]{1,9}))?")
+
 _NOTATIONS = (
     "allowed: the paper's notation, digits counted from 1, '-' between segments, '*k' to repeat a segment "
-    "(1-234*7-56), or a list with commas counted from 0 (0,1,0,1)"
+    "(1-234*7-56), or a list with commas counted from 0, with ranges and repeats (0,1,0,1 or 0-23,6-29 or 0-3 x6)"
 )
 
 
@@ -36,7 +42,7 @@ def parse_layers(notation: str, source_layers: int) -> tuple[int, ...]:
     Raises:
         GrowthError: the notation is malformed or names a layer that the source does not have.
     """
-    if "," in notation:
+    if "," in notation or "x" in notation or _FROM_ZERO.fullmatch(notation):
         return _parse_list(notation, source_layers)
     layers: list[int] = []
     column = 1
@@ -108,20 +114,24 @@ def _parse_segment(notation: str, segment: str, column: int, source_layers: int)
 
 
 def _parse_list(notation: str, source_layers: int) -> tuple[int, ...]:
-    layers = []
+    layers: list[int] = []
     column = 1
     for entry in notation.split(","):
         text = entry.strip()
         where = column + len(entry) - len(entry.lstrip())
-        if not (text.isascii() and text.isdigit()):
-            raise _error(notation, where, f"{text!r} is not a layer number", _NOTATIONS)
-        if len(text) > 9 or int(text) >= source_layers:
+        match = _ENTRY.fullmatch(text)
+        if match is None:
+            raise _error(notation, where, f"{text!r} is not a layer number or a range", _NOTATIONS)
+        first, last, times = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if max(first, last) >= source_layers:
             allowed = f"allowed: 0 to {source_layers - 1}, the source has {source_layers} layers counted from 0"
-            raise _error(notation, where, f"there is no layer {text}", allowed)
-        layers.append(int(text))
+            raise _error(notation, where, f"there is no layer {max(first, last)}", allowed)
+        if last < first or times < 1:
+            raise _error(notation, where, f"{text!r} holds no layer", "write the smaller number first, and x1 or more")
+        if len(layers) + (last - first + 1) * times > MAX_LAYERS:
+            raise _error(notation, where, f"more than {MAX_LAYERS} layers", "use a shorter list")
+        layers += [*range(first, last + 1)] * times
         column += len(entry) + 1
-    if len(layers) > MAX_LAYERS:
-        raise _error(notation, 1, f"more than {MAX_LAYERS} layers", "use a shorter list")
     return tuple(layers)
 
 

@@ -79,7 +79,7 @@ def plot_comparison(groups: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
 
 def _figure(width: float, height: float) -> Any:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib, which is not installed; pip install 'growth-megatron[plot]'")
+        raise ConfigError("a plot needs matplotlib, which is not installed; pip install matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional; without pyplot's global state
     from matplotlib.figure import Figure
 

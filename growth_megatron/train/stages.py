@@ -37,6 +37,7 @@ from growth_megatron.config.units import format_bytes
 from growth_megatron.data.contents import check_contents
 from growth_megatron.data.dataset import InVocabulary, build_train_dataset, build_validation_dataset
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
+from growth_megatron.data.mixture import describe_draws
 from growth_megatron.data.prepared import check_data
 from growth_megatron.errors import (
     EXIT_FAULT,
@@ -93,6 +94,7 @@ def train(loaded: LoadedConfig) -> int:
         metrics = loggers[0] if loggers else metrics
         context = _context(loaded, directory, metrics, stop, watchdog, world_size)
         _rewind(context, choice)
+        collectives.on_rank_zero(partial(_say_mixture, context, choice))
         code = _walk(context, choice)
         stop.finish()
         return code
@@ -267,12 +269,14 @@ def _announce_growth(
     context.directory.point_latest(result.path)
     how = plan.operator + describe_options(plan.options, plan.seed)
     changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
+    layers, kept = plan.layers or (), ""
+    if layers != tuple(range(plan.source_geometry.num_layers)):
+        kept = f"{100 * connection_rate(layers):.1f} % of layer connections kept, "
     context.metrics.log(
         "event",
         step=manifest.step,
         event="grow",
-        message=f"grew by {how}: {changes} ({100 * connection_rate(plan.layers or ()):.1f} % of layer "
-        f"connections kept, optimizer state {policy}) in {result.seconds:.2f} s: "
+        message=f"grew by {how}: {changes} ({kept}optimizer state {policy}) in {result.seconds:.2f} s: "
         f"{format_bytes(result.bytes_written)} written, {format_bytes(result.bytes_linked)} linked",
     )
 
@@ -365,6 +369,13 @@ def _rewind(context: RunContext, choice: ResumeChoice) -> None:
     counters = Counters.of_manifest(manifest)
     ends_stage = counters.ends_stage(context.loaded.config)
     collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
+
+
+def _say_mixture(context: RunContext, choice: ResumeChoice) -> None:
+    config = context.loaded.config
+    tokens = sum(stage.num_steps * stage.tokens_per_step for stage in config.stages)
+    step = choice.manifest.step if choice.manifest else 0
+    context.metrics.log("event", step=step, event="data", message=describe_draws(config.data, tokens))
 
 
 def _hand_over(context: RunContext, counters: Counters, world_size: int) -> int:

@@ -57,8 +57,7 @@ def open_trackers(run_directory: Path, logging: LoggingConfig, config: Mapping[s
 def _require(package: str, option: str, otherwise: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{option} needs the package {package}, which is not installed; "
-            f"pip install 'growth-megatron[{package}]', or {otherwise}"
+            f"{option} needs the package {package}, which is not installed; pip install {package}, or {otherwise}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,21 @@ def test_a_family_grows_from_folder_to_folder_and_keeps_its_function(models: Pat
     assert main(arguments) == EXIT_OK
     tokens = prompt(VOCABULARY)
     assert difference(logits_of(target, tokens), logits_of(source, tokens)) < 1e-5
+
+
+def test_the_type_of_a_grown_folder_can_be_chosen(models: Path, tmp_path: Path, capsys: Any) -> None:
+    grow = ["grow", f"hf:{models / 'qwen2' / 'hf'}"]
+    more = ["--set", "num_layers=3", "--dtype", "bfloat16"]
+    written = []
+    for dtype, name in (([], "as_it_is"), (more[2:], "smaller")):
+        assert main([*grow, f"hf:{tmp_path / name}", *more[:2], *dtype]) == EXIT_OK
+        written.append(re.findall(r"read, (\S+ \S+) written", capsys.readouterr().out))
+    assert written[0] != written[1]
+    exact, cast = tensors_of(tmp_path / "as_it_is"), tensors_of(tmp_path / "smaller")
+    assert all(torch.equal(exact[key].bfloat16(), cast[key]) for key in exact)
+    assert json.loads((tmp_path / "smaller" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert main([*grow, str(tmp_path / "checkpoint"), *more]) == 2
+    assert "name one as hf:TARGET, or leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

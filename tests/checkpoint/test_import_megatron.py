@@ -134,7 +134,11 @@ def test_nothing_but_names_is_new(saved: tuple[Path, dict[str, list[float]]], im
 
 
 def test_it_is_trained_grown_inspected_verified_and_exported(
-    imported: Path, growing_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    imported: Path,
+    growing_config: Path,
+    prepared_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = str(imported / "distributed")
     deeper, wider = tmp_path / "deeper", tmp_path / "wider"
@@ -148,8 +152,8 @@ def test_it_is_trained_grown_inspected_verified_and_exported(
             ["grow", source, str(deeper), "--set", "num_layers=4", *carry],
             ["grow", source, str(wider), "--set", "hidden_size=64", "num_attention_heads=8", *carry],
             ["train", str(growing_config), f"checkpoint.resume={deeper}"],
-            ["train", str(growing_config), f"checkpoint.resume={source}", "stages.base.model.num_layers=2",
-             f"run.directory={tmp_path / 'shallow'}"],
+            ["train", f"{source}/train.yaml", f"data.train.0.path={prepared_corpus / 'train'}", "training.steps=2",
+             "schedule.warmup_steps=1", f"run.directory={tmp_path / 'shallow'}"],
         ]
     )  # fmt: skip
     assert [outcome.code for outcome in outcomes] == [EXIT_OK] * 4, outcomes

@@ -240,14 +240,6 @@ def test_import_refuses_what_is_no_model_and_a_target_that_exists(imported: Path
     assert "exists; name a new folder, add --overwrite" in capsys.readouterr().err
 
 
-def test_the_model_section_that_import_prints_is_that_of_the_model(tmp_path: Path, capsys: Any) -> None:
-    write_llama(tmp_path / "hf", {"tie_word_embeddings": True, "head_dim": 24, "rms_norm_eps": 1e-6})
-    assert main(["import-hf", str(tmp_path / "hf"), str(tmp_path / "new")]) == EXIT_OK
-    printed = capsys.readouterr().out
-    section = yaml.safe_load(printed[printed.index("  model:") :])["model"]
-    assert geometry().model_validate(section) == read_manifest(tmp_path / "new").geometry
-
-
 def test_a_source_is_a_checkpoint_a_run_or_a_hugging_face_folder(tmp_path: Path) -> None:
     write_llama(tmp_path / "hf", {})
     model = geometry()

@@ -29,6 +29,10 @@ WRONG = {
     "misspelt key": ("num_layers: 4", "num_layer: 4", "5: model.num_layer", "did you mean num_layers?"),
     "name of another tool": ("hidden_size: 64", "d_model: 64", "6: model.d_model", "did you mean hidden_size?"),
     "key of another section": ("  seed: 7", "  micro_batch_size: 7", "3: run.micro_batch_size", "belongs to training"),
+    "key of another section that may not be meant": (
+        "learning_rate: 1e-3", "learning_rate: 1e-3\noptimizer:\n  kind: adam", "19: optimizer.kind",
+        "allowed: beta1, beta2, epsilon, weight_decay, clip_grad; kind belongs to schedule, move it there if that was",
+    ),
     "key at the top level": ("run:", "num_layers: 3\nrun:", "1: num_layers", "belongs to model"),
     "synonym at the wrong place": ("  seed: 7", "  lr: 7", "3: run.lr", "did you mean schedule.learning_rate?"),
     "misspelt section": ("schedule:", "shedule:", "16: shedule", "did you mean schedule?"),
@@ -56,6 +60,13 @@ WRONG = {
     "stages is no list": ("stages:\n  - name: base\n", "stages: 3\nlogging:\n", "22: stages", "should be a valid list"),
     "heads against hidden size": (
         "num_attention_heads: 4", "num_attention_heads: 6", "7: model.num_attention_heads", "set head_dim",
+    ),
+    "validated on what is learnt": (
+        "- path: corpus", "- path: corpus\n  validation: [{path: ./corpus}]",
+        "16: data.validation.0.path", "leave it out and set validation_fraction",
+    ),
+    "weights for some": (
+        "- path: corpus", "- {path: a, weight: 2}\n    - {path: b}", "14: data.train", "give it to all, or to none",
     ),
     "odd head": ("hidden_size: 64", "hidden_size: 60", "7: model.num_attention_heads", "make it even"),
     "groups against heads": ("groups: 2", "groups: 3", "8: model.num_query_groups", "allowed: 1, 2, 4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,18 @@ def test_counters_go_on_and_the_stage_starts_anew(source: Path, tmp_path: Path) 
     assert (after.stage, after.stage_step) == (0, 0)
     for name in ("step", "consumed_samples", "consumed_tokens", "flops", "data_fingerprint"):
         assert getattr(after, name) == getattr(before, name)
+
+
+def test_the_printed_layers_can_be_given_and_a_growth_in_width_says_nothing_of_them(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _grow(source, tmp_path / "one", "num_layers=4", operator="solar")
+    (printed,) = re.findall(r"^layers +(.*) \(source", capsys.readouterr().out, re.MULTILINE)
+    _grow(source, tmp_path / "two", layers=printed)
+    assert read_manifest(tmp_path / "two").lineage[-1].layers == read_manifest(tmp_path / "one").lineage[-1].layers
+    assert "connection rate" in capsys.readouterr().out
+    _grow(source, tmp_path / "wide", "hidden_size=16")
+    assert "connection rate" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_the_fewest_heads_that_copied_groups_can_share_are_named() -> None:
         ((0, 1, 2), "stack", 4, "gives 3 layers but the target model has 4; change the list, or set num_layers to 3"),
         ((0, 1, 2, 4), "direct", 4, "entry 3 is 4; allowed: 0 to 3, the source has 4 layers counted from 0"),
         ("12-34*2-5", "stack", 7, "there is no layer 5; allowed: 1 to 4"),
-        ("0,1,x,3", "stack", 4, "column 5: 'x' is not a layer number; allowed: the paper's notation"),
+        ("0,1,x,3", "stack", 4, "column 5: 'x' is not a layer number or a range; allowed: the paper's notation"),
         ((0, 1, 1, 3, 3), "identity", 5, "keeps every source layer and adds new ones, but the list leaves out [2]"),
         ((0, 1), "zero", 2, "leaves out [2, 3]; name them too"),
         ("1111", "random", 4, "leaves out [1, 2, 3]; name them too"),
@@ -241,6 +241,7 @@ def refusal(**fields: Any) -> str:
     ("operator", "says"),
     [
         ("stak", "'stak' is no operator; did you mean stack?"),
+        ("learn", "'learn' is no operator; allowed: "),
         ("hyperclone", "did you mean hypercloning?"),
         ("identity+splitt", "'splitt' is no operator; did you mean split?"),
         ("xyz", "'xyz' is no operator"),

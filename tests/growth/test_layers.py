@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from growth_megatron.config.lines import compact_layers
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.layers import (
     MAX_LAYERS,
@@ -39,6 +40,20 @@ def test_a_list_with_commas_counts_from_0_and_reaches_beyond_9() -> None:
     assert parse_layers("0, 11 ,10", 12) == (0, 11, 10)
 
 
+def test_a_list_takes_ranges_and_repeats() -> None:
+    assert parse_layers("0-23,6-29", 30) == (*range(24), *range(6, 30))  # SOLAR-like
+    assert parse_layers("0-3 x2, 1*2,3-3", 4) == (0, 1, 2, 3, 0, 1, 2, 3, 1, 1, 3)
+    assert parse_layers("0-11", 12) == tuple(range(12))
+    assert parse_layers("1-3 x1", 12) == (1, 2, 3)
+    assert parse_layers("1-3", 12) == (0, 2)  # the paper's
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40))
+def test_what_is_printed_of_a_list_reads_as_that_list(layers: list[int]) -> None:
+    assert parse_layers(compact_layers(layers), 13) == tuple(layers)
+
+
 @pytest.mark.parametrize(
     ("notation", "column", "says"),
     [
@@ -60,6 +75,11 @@ def test_a_list_with_commas_counts_from_0_and_reaches_beyond_9() -> None:
         ("0,1,", 5, "'' is not a layer number"),
         ("0, 6", 4, "there is no layer 6; allowed: 0 to 5"),
         ("0,-1", 3, "'-1' is not a layer number"),
+        ("0,5-6", 3, "there is no layer 6; allowed: 0 to 5"),
+        ("0, 4-2", 4, "'4-2' holds no layer"),
+        ("0-2 x0", 1, "'0-2 x0' holds no layer"),
+        ("0,1-5 x1000", 3, "more than 4096 layers"),
+        ("0 x", 1, "'0 x' is not a layer number or a range"),
     ],
 )
 def test_a_wrong_notation_is_refused_with_its_column(notation: str, column: int, says: str) -> None:

@@ -246,7 +246,7 @@ def test_an_output_whose_package_is_missing_is_refused_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging: LoggingConfig, package: str
 ) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install 'growth-megatron\[{package}\]'"):
+    with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install {package}"):
         MetricsLogger(tmp_path, logging, STAGES)
 
 

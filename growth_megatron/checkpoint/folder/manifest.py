@@ -27,6 +27,8 @@ from growth_megatron.config.section import NonNegativeFloat, NonNegativeInt
 from growth_megatron.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
+TRAIN_FILE_NAME = "train.yaml"
+"""How to go on from a checkpoint made by hand: a person may change it, so it is no part of it."""
 FORMAT_VERSION: Literal[1] = 1
 REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
 """megatron-core's own files, without which a checkpoint cannot be loaded."""
@@ -208,7 +210,8 @@ def _first_wrong_sum(folder: Path, manifest: Manifest) -> str | None:
 def list_files(folder: Path) -> list[str]:
     """Relative names of all files of a checkpoint that a manifest answers for, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST_NAME and not name.endswith(PARTIAL_SUFFIX))
+    own = (MANIFEST_NAME, TRAIN_FILE_NAME)
+    return sorted(name for name in names if name not in own and not name.endswith(PARTIAL_SUFFIX))
 
 
 def checksum_files(folder: Path, names: Iterable[str], threads: int = 8) -> dict[str, FileEntry]:

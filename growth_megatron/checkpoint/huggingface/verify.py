@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from growth_megatron.config.schema import ModelConfig
-from growth_megatron.data.tokenizer import Tokenizer
+from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.errors import EXIT_FAULT, CheckpointError
 from growth_megatron.model.reference import reference_logits
 from growth_megatron.model.tensors import TensorSource
@@ -75,13 +75,16 @@ def check_logits(folder: Path, weights: TensorSource, geometry: ModelConfig) -> 
 
 
 def check_tokenizer(folder: Path, tokenizer: Path) -> int:
-    """Number of texts for which AutoTokenizer on ``folder`` gives the ids that the SentencePiece model does: all.
+    """Number of texts for which AutoTokenizer on ``folder`` gives the ids that ``tokenizer`` does: all.
 
     Raises:
         ExportMismatchError: one for which it does not.
     """
     transformers = _transformers()
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), Tokenizer(tokenizer)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        open_tokenizer(tokenizer),
+    )
     for text in _TEXTS:
         found, expected = theirs(text, add_special_tokens=False).input_ids, ours.encode(text)
         if found != expected:
