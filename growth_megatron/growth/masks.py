@@ -46,14 +46,17 @@ def masked_plan(manifest: Manifest) -> GrowthPlan | None:
 
 
 class Masks:
-    """The masks of a growth after ``step`` steps of its stage. ``norm_epsilon`` is that of the model as it acts."""
+    """The masks of a growth after ``step`` steps of its stage.
+
+    ``gates`` says how far each kind is open, ``norm_epsilon`` is that of the model as it acts.
+    """
 
     def __init__(self, plan: GrowthPlan, step: int) -> None:
         source, self._target = plan.source_geometry, plan.target_geometry
         self._rules = {rule.target: rule for rule in plan.rules}
-        self._gates = {kind: gate(ramp, step) for kind, ramp in plan.ramps.items()}
+        self.gates = {kind: gate(ramp, step) for kind, ramp in plan.ramps.items()}
         size = self._target.hidden_size
-        closed = (size - source.hidden_size) * (1 - self._gates.get("hidden", 1.0))
+        closed = (size - source.hidden_size) * (1 - self.gates.get("hidden", 1.0))
         share = 1 - closed / size  # w / D
         self._gain = math.sqrt(share)
         self._stream = 1 / self._gain if self._target.qk_norm else 1.0
@@ -69,7 +72,7 @@ class Masks:
             if (factor := self._along(row, axis, axes[number], region[number])) is not None
         ]
         if self._rules[key].state == "new" and row.is_matrix and writes_stream(row):
-            found.append(self._gates.get("depth", 1.0))
+            found.append(self.gates.get("depth", 1.0))
         return [factor for factor in found if isinstance(factor, torch.Tensor) or factor != 1.0]
 
     def _along(self, row: Row, axis: Axis, rule: AxisRule, part: slice) -> Factor | None:
@@ -78,7 +81,7 @@ class Masks:
             return self._gain / (self._stream if row is FINAL_NORM and self._target.tie_embeddings else 1.0)
         if (axis.kind, axis.use) not in ((Kind.RESIDUAL, "out"), (Kind.HEADS, "in"), (Kind.FFN, "in")):
             return None
-        opened = self._gates.get(_MASKS[axis.kind], 1.0)
+        opened = self.gates.get(_MASKS[axis.kind], 1.0)
         stream = self._stream if axis.kind is Kind.RESIDUAL else 1.0
         if opened == 1.0 or rule.index_tensor is None:
             return stream

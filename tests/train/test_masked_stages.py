@@ -19,13 +19,15 @@ from growth_megatron.checkpoint.origin import checkpoint_origin, huggingface_ori
 from growth_megatron.commands.export_hf import export_hf
 from growth_megatron.commands.growth import grow
 from growth_megatron.commands.growth_request import GrowthRequest
+from growth_megatron.commands.inspect import describe_checkpoint, render_description
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.errors import ConfigError, GrowthError
+from growth_megatron.errors import EXIT_USAGE, ConfigError, GrowthError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.growth.masks import as_it_acts, masked_plan
 from growth_megatron.growth.verify import verify_checkpoints
 from growth_megatron.model.reference import reference_logits
 from growth_megatron.train.plan import plan_run
+from tests.command_line import run_command
 from tests.conftest import write_growing_config
 from tests.ranks import run_ranks
 
@@ -164,6 +166,39 @@ def test_a_model_behind_masks_is_not_grown_and_the_advice_works(reference: Path,
     masked = GrowthRequest({"num_layers": 8}, GrowthConfig(operator="masked"))
     with pytest.raises(GrowthError, match="a Hugging Face folder has none; write a checkpoint instead, or use random"):
         grow(str(reference), f"hf:{tmp_path / 'folder'}", masked, materialize=False)
+
+
+def test_inspect_says_how_far_the_masks_are_open(reference: Path) -> None:
+    description = describe_checkpoint(reference / "checkpoints" / "step_00000006")
+    assert description["masks"]["open"] == pytest.approx({"depth": 2 / 3, "ffn": 2 / 3, "hidden": 0.0, "heads": 0.0})
+    assert description["masks"]["norm_epsilon"] == pytest.approx(1e-5 * 64 / 96)
+    text = "open so far: depth 0.667, ffn 0.667, hidden 0, heads 0; with them norm epsilon 6.667e-06"
+    assert text in render_description(description)
+    assert describe_checkpoint(reference / "checkpoints" / "step_00000012")["masks"] is None
+
+
+def test_other_ramps_than_those_of_the_growth_are_refused_on_resuming_and_the_advice_works(
+    config: Path, reference: Path
+) -> None:
+    run = _copy_until(reference, 6, "other_ramps")
+    changed = "stages.wide.growth.ramp.heads=[4, 8]"
+    ramps = "depth over steps 0 to 3, ffn over steps 0 to 3, hidden over steps 2 to 5, heads over steps 4 to"
+    refused = run_command("train", str(config), f"run.directory={run}", changed)
+    assert refused.code == EXIT_USAGE
+    assert f"open {ramps} 6, the configuration says {ramps} 8; set growth.ramp" in refused.printed
+    before = run / "checkpoints" / f"step_{GROWN:08d}"
+    _train(1, config, [f"run.directory={run.with_name('again')}", f"checkpoint.resume={before}", changed])
+    hand = config.parent / "by_hand"
+    grow(str(before), str(hand), GrowthRequest(WIDE, GrowthConfig(operator="masked", ramp=RAMP)), materialize=False)
+    alone = yaml.safe_load(config.read_text())
+    alone["stages"] = [{"name": "wide", "model": WIDE, "training": {"steps": 5}}]
+    path = config.with_name("alone.yaml")
+    path.write_text(yaml.safe_dump(alone))
+    overrides = [f"run.directory={run.with_name('longer')}", f"checkpoint.resume={hand}"]
+    refused = run_command("train", str(path), *overrides)
+    assert refused.code == EXIT_USAGE
+    assert "but stage wide has 5 steps; give it 6 or more (stages.wide.training.steps)" in refused.printed
+    _train(1, path, [*overrides, "stages.wide.training.steps=6"])
 
 
 def test_the_plan_says_when_masks_open_and_a_stage_that_ends_before_is_refused(
