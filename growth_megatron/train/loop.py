@@ -123,7 +123,7 @@ class StageLoop:
         if not self._validation:
             return None
         self.context.watchdog.alive("validating", self.counters.step)
-        loss = self.engine.evaluate(self._validation)
+        loss = self.engine.evaluate(self._validation, self.counters.stage_step)
         self._evaluated_step, self._validation_loss = self.counters.step, loss
         self.context.metrics.log(
             "validation",
@@ -146,7 +146,9 @@ class StageLoop:
         rate = learning_rate(self.stage.schedule, position, total)
         bound = highest_loss(self.counters, self.stage.training)
         self.context.watchdog.alive(step=self.counters.step)
-        result = self.engine.train_step(batches, rate, self.context.stop.requested, error is not None, bound)
+        result = self.engine.train_step(
+            batches, rate, self.context.stop.requested, error is not None, bound, self.counters.stage_step
+        )
         if result.failed:
             collectives.on_all_ranks(partial(_raise, error))
         self.counters = self.counters.after_step(self.stage)
