@@ -189,7 +189,9 @@ def test_other_ramps_than_those_of_the_growth_are_refused_on_resuming_and_the_ad
     before = run / "checkpoints" / f"step_{GROWN:08d}"
     _train(1, config, [f"run.directory={run.with_name('again')}", f"checkpoint.resume={before}", changed])
     hand = config.parent / "by_hand"
-    grow(str(before), str(hand), GrowthRequest(WIDE, GrowthConfig(operator="masked", ramp=RAMP)), materialize=False)
+    sizes = [f"{key}={size}" for key, size in WIDE.items()]
+    grown = run_command("grow", str(before), str(hand), "--operator", "masked", "--set", *sizes, f"ramp={RAMP}")
+    assert "masked, ramp {depth: [0, 3], ffn: [0, 3], hidden: [2, 5], heads: [4, 6]}" in grown.printed
     alone = yaml.safe_load(config.read_text())
     alone["stages"] = [{"name": "wide", "model": WIDE, "training": {"steps": 5}}]
     path = config.with_name("alone.yaml")
