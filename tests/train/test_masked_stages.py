@@ -40,8 +40,8 @@ WIDE = {
     "ffn_hidden_size": 128,
 }
 RAMP = {"depth": [0, 3], "ffn": [0, 3], "hidden": [2, 5], "heads": [4, 6]}
-GROWN, LAST = 4, 14
-"""Steps of the masked growth, and of the run's end, two after it was stacked."""
+GROWN, LAST = 4, 16
+"""Steps of the masked growth, and of the run's end: it is stacked at 12, and masked again at 14."""
 
 
 def _write_config(folder: Path, prepared_corpus: Path, ramp: dict[str, Any] | None = None) -> Path:
@@ -56,6 +56,12 @@ def _write_config(folder: Path, prepared_corpus: Path, ramp: dict[str, Any] | No
             "growth": {"operator": "masked", "ramp": ramp or RAMP},
         },
         {"name": "deep", "model": {**WIDE, "num_layers": 6}, "training": {"steps": 2}, "growth": {"operator": "stack"}},
+        {
+            "name": "hop",
+            "model": {**WIDE, "num_layers": 6, "ffn_hidden_size": 136},
+            "training": {"steps": 2},
+            "growth": {"operator": "masked", "ramp": {"ffn": [0, 2]}},
+        },
     ]
     path = folder / "masked.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -97,10 +103,11 @@ def _copy_until(run: Path, step: int, name: str) -> Path:
 
 def test_a_masked_growth_keeps_the_validation_loss_and_its_checkpoint_is_verified(reference: Path) -> None:
     lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
-    masked, stacked = [line for line in lines if line["kind"] == "growth"]
+    masked, stacked, hop = [line for line in lines if line["kind"] == "growth"]
     assert masked["operator"] == "masked"
     assert masked["optimizer_state"] == "carry"
-    assert masked["validation_loss_after"] == pytest.approx(masked["validation_loss_before"], rel=2e-6)
+    for growth in (masked, hop):
+        assert growth["validation_loss_after"] == pytest.approx(growth["validation_loss_before"], rel=2e-6)
     assert abs(stacked["validation_loss_after"] - stacked["validation_loss_before"]) > 1e-4
     checks = list(verify_checkpoints(reference / "checkpoints" / f"step_{GROWN:08d}_grown", full=True))
     assert {check.subject: check.outcome for check in checks}["logits"] == "OK"
@@ -189,7 +196,9 @@ def test_other_ramps_than_those_of_the_growth_are_refused_on_resuming_and_the_ad
     before = run / "checkpoints" / f"step_{GROWN:08d}"
     _train(1, config, [f"run.directory={run.with_name('again')}", f"checkpoint.resume={before}", changed])
     hand = config.parent / "by_hand"
-    grow(str(before), str(hand), GrowthRequest(WIDE, GrowthConfig(operator="masked", ramp=RAMP)), materialize=False)
+    sizes = [f"{key}={size}" for key, size in WIDE.items()]
+    grown = run_command("grow", str(before), str(hand), "--operator", "masked", "--set", *sizes, f"ramp={RAMP}")
+    assert "masked, ramp {depth: [0, 3], ffn: [0, 3], hidden: [2, 5], heads: [4, 6]}" in grown.printed
     alone = yaml.safe_load(config.read_text())
     alone["stages"] = [{"name": "wide", "model": WIDE, "training": {"steps": 5}}]
     path = config.with_name("alone.yaml")
