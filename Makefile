@@ -2,7 +2,7 @@
 VENV ?= $(or $(GROWTH_MEGATRON_VENV),.venv)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help test check format bench quickstart
+.PHONY: help test check format torture bench quickstart
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -15,6 +15,9 @@ check: ## ruff and mypy
 
 format: ## let ruff put it right
 	ruff check --fix . && ruff format .
+
+torture: ## tries to break runs and files for five minutes (ARGS="--kills 20 --seed 7")
+	python tools/torture.py $(or $(ARGS),--seconds 300)
 
 bench: ## the benchmarks; read README before quoting their figures
 	python tools/bench_train.py $(ARGS)

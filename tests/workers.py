@@ -310,3 +310,26 @@ def run_mains(commands: list[list[str]]) -> list[list[Any]]:
             code = main(command)
         outcomes.append([code, printed.getvalue()])
     return outcomes
+
+
+def signalled_again_after_the_save(config: str, overrides: list[str]) -> int:
+    """Exit code of a run that is asked to stop at step 3, and again, late enough to mean it, once it has saved."""
+    import os
+    import signal
+
+    from growth_megatron.growth.configuration import load_config
+    from growth_megatron.train import resilience
+    from growth_megatron.train.metrics import MetricsLogger
+    from growth_megatron.train.stages import train
+
+    log, stopping = MetricsLogger.log, []
+
+    def log_and_signal(self: MetricsLogger, kind: str, **values: Any) -> None:
+        log(self, kind, **values)
+        stopping.append(values.get("event") == "stop")
+        if (kind == "train" and values["step"] == 3) or (kind == "checkpoint" and any(stopping)):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    resilience.SAME_REQUEST_S = 0.0
+    MetricsLogger.log = log_and_signal  # type: ignore[method-assign]
+    return train(load_config(config, overrides))

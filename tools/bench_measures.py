@@ -15,6 +15,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from rich.console import Console as RichConsole
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
+from growth_megatron.checkpoint.torch_dist.saver import start_save
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, config_hash
 from growth_megatron.config.schema import RunConfig, StageConfig
@@ -233,6 +235,36 @@ def train_against_bare(bench: Bench, engine: Engine) -> Figures:
         context.watchdog.close()
         clock.close()
     return train_figures(stage, train[1:], bare[1:], clock.saves_s[1:], statistics.median(matmul[1:]))
+
+
+def steps_beside_a_save(bench: Bench, engine: Engine) -> Figures:
+    """Steps while a checkpoint is written in the background against steps alone, in turn; the first turn is left out.
+
+    Without copies, which are the blocking part of a save: they are over when the first step begins.
+    """
+    stage = engine.stage
+    batches = read_batches(bench.context([stage], "beside", NullMetrics()), stage, 1)
+    alone: list[float] = []
+    beside: list[float] = []
+    for turn in range(bench.turns + 1):
+        folder = bench.folder / "beside" / f"save_{turn}"
+        collectives.on_rank_zero(partial(folder.mkdir, parents=True))
+        save = start_save(folder, engine.models, engine.optimizer)
+        during = []
+        while collectives.any_rank(not save.is_written()):
+            during.append(timed(lambda: bare_steps(engine, batches))[0])
+        save.finish()
+        collectives.on_rank_zero(partial(shutil.rmtree, folder))
+        after = [timed(lambda: bare_steps(engine, batches))[0] for _ in during]
+        if turn:
+            beside += during[:-1]  # the last one ends after the save
+            alone += after
+    if not beside:
+        return {}
+    return {
+        "step_beside_a_save": statistics.median(beside) / statistics.median(alone),
+        "steps_beside_saves": len(beside),
+    }
 
 
 def train_figures(

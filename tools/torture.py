@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -83,6 +84,7 @@ class Torture:
         with open(run.with_suffix(".log"), "a") as log:
             return subprocess.Popen(
                 [*command, f"run.directory={run}", *overrides], cwd=ROOT, stdout=log, stderr=log, text=True,
+                env={"GROWTH_MEGATRON_VENV": sys.prefix, **os.environ},
                 start_new_session=True,
             )  # fmt: skip
 
@@ -98,10 +100,10 @@ class Torture:
         return code, run.with_suffix(".log").read_text()[-4000:]
 
     def kills(self, tally: Tally) -> None:
-        """One run, killed up to three times and then left alone; counts kills."""
+        """One run, killed up to eight times and then left alone; counts kills."""
         run, ranks = self.folder / f"killed_{tally.tried}", self.rng.choice([1, 2])
         overrides = [f"checkpoint.async_save={self.rng.choice(['true', 'false'])}"]
-        for _ in range(self.rng.randint(1, 3)):
+        for _ in range(self.rng.randint(2, 8)):
             done = self._kill(run, ranks, overrides, tally)
             if done:
                 break

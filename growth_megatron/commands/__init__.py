@@ -8,6 +8,8 @@ COMMANDS = {
     "train": "Run or continue the run in run.directory.",
     "plan": "Say what a run would cost: parameters, FLOPs, memory per rank, bubble. No GPU, no processes.",
     "report": "Final figures of a run and its loss curve (RUN/plots/loss.png).",
+    "compare": "Say what growth saved: runs against a baseline at equal loss, over seeds, with a picture.",
+    "guideline": "Say when to grow and by how much, by the fit of arXiv 2405.15319.",
     "grow": "Write a grown copy of a checkpoint: deeper, wider or both, with its optimizer state.",
     "inspect": "Say what a checkpoint holds: progress, geometry, layout, lineage, tensors.",
     "verify": "Check that a checkpoint, or every checkpoint of a run, is whole, and a grown one what its growth gives.",

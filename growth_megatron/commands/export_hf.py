@@ -11,13 +11,15 @@ from growth_megatron.checkpoint.folder.commit import exclusive
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.huggingface import verify as huggingface_verify
 from growth_megatron.checkpoint.huggingface.writer import ExportedWeights, export_huggingface
-from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
+from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, find_origin
 from growth_megatron.commands.parsing import Subparsers, add_command, add_dtype
 from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
+from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.units import format_bytes
 from growth_megatron.data.tokenizer import FILE_NAMES
 from growth_megatron.errors import EXIT_OK, CheckpointError
+from growth_megatron.growth.masks import as_it_acts
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -62,6 +64,9 @@ def export_hf(
     for skipped in origin.skipped:
         print(f"passed over: {skipped.path}: {skipped.reason}")
     print(f"source     {origin.path}\n           {model_line(origin.geometry)}", flush=True)
+    tensors, geometry = as_it_acts(origin)
+    if tensors is not origin.tensors:
+        print(f"masks      folded into the weights, as of step {origin.manifest.stage_step:,} of the stage", flush=True)
     if tokenizer is None:
         tokenizer, note = origin.tokenizer()
         note += "; give --tokenizer" if tokenizer is None else ""
@@ -77,8 +82,8 @@ def export_hf(
         summed_beside(origin.path, origin.manifest.files) as source_is_sound,
     ):
         result = export_huggingface(
-            origin.tensors,
-            origin.geometry,
+            tensors,
+            geometry,
             target,
             dtype=wanted,
             tokenizer=tokenizer,
@@ -92,12 +97,11 @@ def export_hf(
         flush=True,
     )
     if verify:
-        _verify(origin, target, wanted, tokenizer)
+        _verify(ExportedWeights(tensors, geometry, wanted), geometry, target, tokenizer)
 
 
-def _verify(origin: Origin, target: Path, dtype: torch.dtype | None, tokenizer: Path | None) -> None:
-    weights = ExportedWeights(origin.tensors, origin.geometry, dtype)
-    difference = huggingface_verify.check_logits(target, weights, origin.geometry)
+def _verify(weights: ExportedWeights, geometry: ModelConfig, target: Path, tokenizer: Path | None) -> None:
+    difference = huggingface_verify.check_logits(target, weights, geometry)
     print(f"logits: transformers and this library differ by {difference:.1e} of the largest (float32)")
     if tokenizer is None or (tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in FILE_NAMES)):
         print(f"tokenizer: no token ids to compare, without {' or '.join(FILE_NAMES)}")

@@ -50,7 +50,7 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
         metavar="a=b",
         help="num_layers, hidden_size, num_attention_heads, num_query_groups, head_dim, ffn_hidden_size, "
         "tie_embeddings, norm_epsilon; order=interleaved|tiled, shares=even|uneven, cancelling_noise=X, noise=X, "
-        "multipliers=true",
+        "ramp={heads: [0, 500]}, multipliers=true",
     )
     parser.add_argument(
         "--layers",
@@ -58,7 +58,9 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
         help="source layers: from 0, as 0,1,0,1 or 0-23,6-29 or '0-3 x6'; or the paper's 1-234*7-56",
     )
     parser.add_argument(
-        "--optimizer-state", choices=["reset", "carry", "asymmetric"], help="default: reset (sparkling: asymmetric)"
+        "--optimizer-state",
+        choices=["reset", "carry", "asymmetric"],
+        help="default: reset (masked: carry, sparkling: asymmetric)",
     )
     parser.add_argument("--seed", type=int, help="of new weights, noise and uneven shares; default: 0")
     parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")

@@ -20,6 +20,7 @@ from growth_megatron.config.units import format_bytes, format_count
 from growth_megatron.growth.checked import CheckedGrowth
 from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.plan import inexact_multipliers
+from growth_megatron.growth.ramps import describe_ramps
 from growth_megatron.growth.rules import RANDOM, ZERO, AxisRule, GrowthPlan, TensorRule
 from growth_megatron.model.architecture import without_layer_number
 from growth_megatron.model.cost import parameter_count
@@ -52,6 +53,7 @@ def forecast(growth: CheckedGrowth) -> dict[str, Any]:
         "connection_rate": connection_rate(plan.layers or ()),
         "function_preserving": plan.function_preserving,
         "optimizer_state": None if growth.weights_only else growth.policy,
+        "masks": dict(plan.ramps),
         "multipliers": {key: value.model_dump() for key, value in plan.multipliers.items()},
         "executor": growth.executor,
         **dataclasses.asdict(growth.costs),
@@ -140,6 +142,8 @@ def render_forecast(growth: CheckedGrowth, figures: dict[str, Any]) -> list[str]
         ("function", "kept: the logits stay what they were" if plan.function_preserving else "changed"),
         ("optimizer state", _POLICY_WORDS.get(figures["optimizer_state"], "none in a Hugging Face folder")),
     ]
+    if plan.ramps:
+        rows.append(("masks open", describe_ramps(plan.ramps)))
     if plan.multipliers:
         rows.append(("multipliers", describe_multipliers(plan.multipliers)))
     rows += [("no gradient", text) for text in figures["no_gradient_at_first"]]

@@ -23,7 +23,7 @@ from growth_megatron.growth.layers import parse_layers
 from growth_megatron.growth.operators import option_problems
 
 MODEL_SETTINGS = (*GEOMETRY_FIELDS, "tie_embeddings", "norm_epsilon")
-GROWTH_SETTINGS = ("order", "shares", "cancelling_noise", "noise", "multipliers")
+GROWTH_SETTINGS = ("order", "shares", "cancelling_noise", "noise", "ramp", "multipliers")
 _GROWTH_KEYS = ("operator", "layers", "optimizer_state", *GROWTH_SETTINGS)
 _Section = TypeVar("_Section", GrowthConfig, ModelConfig)
 _FILE_KEYS = ("model", "growth", "seed")

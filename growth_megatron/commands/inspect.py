@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from growth_megatron.config.tables import columns
 from growth_megatron.config.units import format_bytes, format_count
 from growth_megatron.errors import EXIT_OK
 from growth_megatron.growth.layers import connection_rate
+from growth_megatron.growth.masks import Masks, masked_plan
 from growth_megatron.model.architecture import EMBEDDING
 from growth_megatron.model.cost import parameter_count
 
@@ -89,8 +91,18 @@ def _run_description(origin: Origin) -> dict[str, Any]:
         "layout": manifest.layout.model_dump(mode="json"),
         "shared_bytes": _shared_bytes(origin.path, manifest),
         "lineage": [record.model_dump(mode="json") for record in manifest.lineage],
+        "masks": _masks(manifest),
         "objects": len(origin.linkable.object_keys()) if origin.linkable else 0,
     }
+
+
+def _masks(manifest: Manifest) -> dict[str, Any] | None:
+    """How far the masks of a growth that goes on are open, and the epsilon that they make; None without any."""
+    plan = masked_plan(manifest)
+    if plan is None:
+        return None
+    masks = Masks(plan, manifest.stage_step)
+    return {"open": masks.gates, "norm_epsilon": masks.norm_epsilon}
 
 
 def describe_tensor(path: str | Path, key: str) -> dict[str, Any]:
@@ -145,6 +157,7 @@ def _checkpoint_lines(d: dict[str, Any]) -> list[tuple[str, str]]:
             f"{d['consumed_samples']:,} samples, {d['consumed_tokens']:,} tokens, {d['flops']:.3e} FLOPs",
         ),
         *_model_lines(d),
+        *_mask_lines(d["masks"]),
         ("saved at", layout_line(ParallelConfig(**d["layout"]), d["world_size"])),
         ("optimizer", "state included" if d["has_optimizer_state"] else "no state"),
         ("files", _files_line(d)),
@@ -155,6 +168,13 @@ def _checkpoint_lines(d: dict[str, Any]) -> list[tuple[str, str]]:
             ("lineage" if number == 0 else "", growth_line(GrowthRecord.model_validate_json(json.dumps(record))))
         )
     return rows
+
+
+def _mask_lines(masks: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if masks is not None:
+        opened = ", ".join(f"{kind} {gate:.3g}" for kind, gate in masks["open"].items())
+        text = f"open so far: {opened}; with them norm epsilon {masks['norm_epsilon']:.4g}; tensors are without them, "
+        yield "masks", text + "export-hf folds them in"
 
 
 def growth_line(record: GrowthRecord) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from growth_megatron.checkpoint.folder.manifest import TRAIN_FILE_NAME
+from growth_megatron.checkpoint.folder.manifest import TRAIN_FILE_NAME, read_manifest
 from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.config.document import dump
 from growth_megatron.config.load import read_config
@@ -24,6 +24,8 @@ from growth_megatron.config.messages import STAGE_SECTIONS
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from growth_megatron.data.tokenizer import FILE_NAMES
 from growth_megatron.errors import ConfigError
+from growth_megatron.growth.masks import masked_plan
+from growth_megatron.growth.ramps import last_step
 
 _USUAL_LENGTH = 4096
 
@@ -43,6 +45,8 @@ def write_train_file(target: Path, geometry: ModelConfig, origin: Origin | None 
     if any((target / name).is_file() for name in FILE_NAMES):
         content["data"]["tokenizer"] = str(target)
     content["parallel"].pop("data_parallel_size", None)  # what remains of the world
+    if (plan := masked_plan(read_manifest(target))) is not None and "steps" in content["training"]:
+        content["training"]["steps"] = max(content["training"]["steps"], last_step(plan.ramps))
     if not _fits(content):
         content["parallel"] = {}
     path = target / TRAIN_FILE_NAME

@@ -11,7 +11,33 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, model_validator
 from typing_extensions import Self
 
-from growth_megatron.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section, refuse
+from growth_megatron.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    refuse,
+)
+
+Ramp = tuple[NonNegativeInt, PositiveInt]
+"""Steps of the stage: up to the first a mask is closed, from the last on it is open."""
+
+
+class MaskRamps(Section):
+    """The ramp of each kind of mask, by default in the order of the paper, whose steps have 2.1 million tokens."""
+
+    depth: Ramp = Field((0, 5000), description="of new layers")
+    ffn: Ramp = Field((0, 5000), description="of new ffn units")
+    hidden: Ramp = Field((5000, 10000), description="of new channels of the residual stream")
+    heads: Ramp = Field((10000, 15000), description="of new heads")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        pairs = {kind: getattr(self, kind) for kind in type(self).model_fields}
+        wrong = {kind: ramp for kind, ramp in pairs.items() if ramp[0] >= ramp[1]}
+        refuse([(kind, f"{list(ramp)} must rise; write the first step, then the last") for kind, ramp in wrong.items()])
+        return self
 
 
 class GrowthConfig(Section):
@@ -36,6 +62,7 @@ class GrowthConfig(Section):
         0.0, description="noise that cancels over the copies of a coordinate, in units of init_std"
     )
     noise: Fraction = Field(0.0, description="the paper's a in W <- (1 - a) W + a noise, on the layers' matrices")
+    ramp: MaskRamps | None = Field(None, description="steps over which masks open, as {hidden: [0, 500]}")
     multipliers: bool = Field(
         False, description="learning rate, weight decay and epsilon per parameter such that the source run is followed"
     )

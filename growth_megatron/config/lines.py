@@ -59,7 +59,8 @@ def describe_options(options: Mapping[str, Any], seed: int) -> str:
     """Options of a growth to follow the operator's name, with the seed that goes with them; nothing without any."""
     if not options:
         return ""
-    return "".join(f", {key} {str(value).lower()}" for key, value in options.items()) + f", seed {seed}"
+    words = [f", {key} {str(value).lower()}" for key, value in options.items()]
+    return "".join(words).replace("'", "") + f", seed {seed}"
 
 
 def compact_layers(layers: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.checkpoint.torch_dist.reader import DATA_SUFFIX
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.link import LinkPlan, can_link, plan_links
+from growth_megatron.growth.masks import masked_plan
 from growth_megatron.growth.plan import check_source_tensors
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState, check_optimizer_state
 from growth_megatron.model.tensors import MASTER_PREFIX, MOMENT_PREFIXES, split_state_key
@@ -147,6 +148,16 @@ def check_growth(
             f"the plan grows {plan.source_geometry!r} but {origin.path} holds {origin.geometry!r}; plan from the latter"
         )
     check_source_tensors(plan, origin.tensors)
+    if masked_plan(origin.manifest) is not None:
+        raise GrowthError(
+            f"{origin.path} is of a growth whose masks are not open yet; train it on until they are and grow that, or "
+            "export it with export-hf, which folds the masks into the weights, and grow the folder"
+        )
+    if plan.ramps and weights_only:
+        raise GrowthError(
+            f"{plan.operator} opens its masks in training, and a Hugging Face folder has none; write a checkpoint "
+            "instead, or use random"
+        )
     if policy != "reset" and not origin.has_moments:
         raise GrowthError(f"optimizer_state is {policy} but {origin.path} holds no optimizer state; use reset")
     if not metadata_alone:

@@ -18,6 +18,7 @@ from growth_megatron.errors import GrowthError
 from growth_megatron.growth.layers import resolve_layers
 from growth_megatron.growth.operators import Choice, choose, option_problems
 from growth_megatron.growth.operators.base import Width
+from growth_megatron.growth.ramps import mask_ramps
 
 Problem = tuple[str, str]
 """A dotted key beginning with model or growth, and what is wrong with it."""
@@ -90,7 +91,19 @@ def chain_problems(stages: Sequence[StageConfig]) -> list[Problem]:
         for key, text in growth_problems(source.model, target.model, target.growth or GrowthConfig()):
             text = f"growing from stage {source.name} to {target.name}: {text}"
             problems.append((f"{index}.{key}", text))
+        problems += [(f"{index}.{key}", text) for key, text in _ramp_problems(source, target)]
     return problems
+
+
+def _ramp_problems(source: StageConfig, target: StageConfig) -> Iterator[Problem]:
+    """A stage ends with the model that its masks lead to, which the next one grows."""
+    growth, steps = target.growth or GrowthConfig(), target.num_steps
+    if option_problems(growth):
+        return  # said already
+    for kind, (first, last) in mask_ramps(source.model, target.model, choose(growth)).items():
+        if last > steps:
+            text = f"[{first}, {last}] ends after the stage, which has {steps} steps; end it by step {steps}, or make "
+            yield f"growth.ramp.{kind}", text + "the stage longer"
 
 
 def zero_width_norm_epsilon(source: ModelConfig, hidden_size: int) -> float:
@@ -176,6 +189,9 @@ def _head_problems(source: ModelConfig, target: ModelConfig, width: Width) -> It
         if target.head_dim * target.num_attention_heads == target.hidden_size:
             text += f". It follows hidden_size / num_attention_heads: set head_dim {source.head_dim} to keep it"
         yield "model.head_dim", text
+    elif width.is_masked and target.head_dim > source.head_dim:
+        text = f"new channels of an old head change its scores, which no mask hides; keep {source.head_dim}, or use "
+        yield "model.head_dim", text + "split"
     elif source.qk_norm and target.head_dim > source.head_dim and width.closes_with_zeros:
         text = f"{width.name} adds channels to q that are not zero, and the norms of q and k would see them; keep "
         yield "model.head_dim", f"{text}{source.head_dim}, or use split"

@@ -20,6 +20,7 @@ from growth_megatron.growth.conditions import check_growth, width_changes
 from growth_megatron.growth.layers import resolve_layers
 from growth_megatron.growth.operators import Choice, choose
 from growth_megatron.growth.operators.base import Depth
+from growth_megatron.growth.ramps import mask_ramps
 from growth_megatron.growth.rules import AxisRule, GrowthPlan, Noise, TensorRule
 from growth_megatron.growth.width import WidthMaps
 from growth_megatron.model.architecture import (
@@ -66,6 +67,8 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
     if growth.cancelling_noise and not any(rule.noise for rule in noisy):
         raise GrowthError("cancelling_noise: no input is copied, so there is nothing to cancel over; remove it")
     wider = bool(width_changes(source, target))
+    ramps = mask_ramps(source, target, choice)
+    silent = ["all that is behind a mask: every mask is closed in the first step"] if ramps else []
     return GrowthPlan(
         operator=_name(choice, layers != tuple(keep_all), wider),
         source_geometry=source,
@@ -76,7 +79,12 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
         seed=seed,
         function_preserving=_preserves(choice, layers, source.num_layers, wider),
         multipliers=_multipliers(noisy) if growth.multipliers else {},
-        zero_gradient_at_first=(*_silent_layers(choice.depth, layers), *(() if growth.noise else _silent_width(maps))),
+        ramps=ramps,
+        zero_gradient_at_first=(
+            *silent,
+            *_silent_layers(choice.depth, layers),
+            *(() if growth.noise else _silent_width(maps)),
+        ),
         inexact_moments=_inexact(maps, noisy),
     )
 
@@ -128,12 +136,13 @@ def _layer_rule(
     as_it_is = tuple(AxisRule(axis.target_size) for axis in axes)
     if depth.repeats == "initial":
         return TensorRule(key, as_it_is, fill="initial", state="new")
-    if row.is_matrix and _writes_stream(row):
+    if row.is_matrix and writes_stream(row):
         return TensorRule(key, as_it_is, fill="zeros", state="new")
     return TensorRule(key, axes, source, state="new")
 
 
-def _writes_stream(row: Row) -> bool:
+def writes_stream(row: Row) -> bool:
+    """Whether a tensor writes to the residual stream."""
     return any(axis.kind is Kind.RESIDUAL and axis.use == "out" for axis in row.axes)
 
 
@@ -144,7 +153,7 @@ def _with_noise(rule: TensorRule, target: ModelConfig, growth: GrowthConfig) -> 
     noise = None
     if growth.noise and split_layer_key(rule.target) is not None:
         d, depth = target.hidden_size, target.num_layers
-        variance = 1 / (d * depth**2) if _writes_stream(row_of(rule.target)) else 2 / (5 * d)
+        variance = 1 / (d * depth**2) if writes_stream(row_of(rule.target)) else 2 / (5 * d)
         noise = Noise(deviation=growth.noise * math.sqrt(variance), mix=growth.noise)
     elif growth.cancelling_noise and rule.target != EMBEDDING.name and rule.axes[1].index is not None:
         noise = Noise(deviation=growth.cancelling_noise * target.init_std, cancelling=True)
@@ -166,7 +175,7 @@ def _name(choice: Choice, deeper: bool, wider: bool) -> str:
 def _options(growth: GrowthConfig) -> dict[str, Any]:
     """Those that other fields of a record do not hold."""
     elsewhere = {"operator", "layers", "optimizer_state", "schedule"}
-    return growth.model_dump(exclude=elsewhere, exclude_defaults=True)
+    return growth.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
 
 
 def _preserves(choice: Choice, layers: Sequence[int], source_layers: int, wider: bool) -> bool:

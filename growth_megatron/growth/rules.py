@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from growth_megatron.checkpoint.folder.manifest import Multipliers
+from growth_megatron.config.growth_schema import Ramp
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.errors import GrowthError
 
@@ -147,7 +148,8 @@ class GrowthPlan:
 
     ``zero_gradient_at_first`` names the new parts that get no gradient in the first step, and why; ``inexact_moments``
     the parts whose carried moments only approximate those of the grown model. ``multipliers`` are those under which the
-    grown run follows the source run, by model key with the layer number written ``*``.
+    grown run follows the source run, by model key with the layer number written ``*``; ``ramps`` those of the masks
+    (``growth.masks``), without which the rules alone are not the model at first.
     """
 
     operator: str
@@ -159,6 +161,7 @@ class GrowthPlan:
     seed: int = 0
     function_preserving: bool = False
     multipliers: Mapping[str, Multipliers] = field(default_factory=dict)
+    ramps: Mapping[str, Ramp] = field(default_factory=dict)
     zero_gradient_at_first: tuple[str, ...] = ()
     inexact_moments: tuple[str, ...] = ()
 

@@ -31,6 +31,7 @@ from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.growth.lineage import grown_multipliers
+from growth_megatron.growth.masks import MaskedSource, Masks
 from growth_megatron.growth.plan import plan_of_record
 from growth_megatron.growth.rules import GrowthPlan, check_optimizer_state
 from growth_megatron.growth.view import GrownSource
@@ -308,7 +309,9 @@ def _logit_difference(source: TensorSource, target: TensorSource, plan: GrowthPl
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(plan.source_geometry.vocab_size, (_BATCH, _SEQUENCE), generator=generator)  # [b, s]
     before = reference_logits(source, plan.source_geometry, tokens, dtype)
-    after = reference_logits(target, plan.target_geometry, tokens, dtype)
+    masks = Masks(plan, 0)
+    geometry = plan.target_geometry.model_copy(update={"norm_epsilon": masks.norm_epsilon})
+    after = reference_logits(MaskedSource(target, masks), geometry, tokens, dtype)
     entries = min(before.shape[-1], after.shape[-1])  # a Hugging Face folder holds no padding
     before, after = before[..., :entries], after[..., :entries]
     return float((after - before).abs().max() / before.abs().max())

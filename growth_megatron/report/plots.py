@@ -17,6 +17,7 @@ from growth_megatron.report.joined import joined_records
 from growth_megatron.train.console import geometry
 
 _TRAIN, _VALIDATION, _GROWTH = "#2b6cb0", "#c05621", "#4a5568"
+_GROUPS = ("#4a5568", "#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#0987a0", "#c53030", "#718096")
 
 
 def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
@@ -26,19 +27,13 @@ def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
         ConfigError: matplotlib is not installed.
         DataError: no training step in the metrics yet.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib, which is not installed; pip install matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional; without pyplot's global state
-    from matplotlib.figure import Figure
-
+    figure = _figure(11, 4.4)
     directory, output = Path(run_directory), Path(output_png)
     records = joined_records(directory)
     train = [r for r in records if r["kind"] == "train" and r.get("loss") is not None]
     if not train:
         raise DataError(f"{directory} has no training loss in its metrics yet; let the run go on first")
     validation = [r for r in records if r["kind"] == "validation" and r.get("validation_loss") is not None]
-    figure = Figure(figsize=(11, 4.4), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, quantity, unit in zip(axes, ("consumed_tokens", "flops"), ("tokens", "FLOPs"), strict=True):
         _panel(axis, quantity, unit, train, validation, [r for r in records if r["kind"] == "growth"])
@@ -48,6 +43,49 @@ def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     return output
+
+
+def plot_comparison(groups: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], loss: str, output_png: Path) -> Path:
+    """Loss against FLOPs, a colour for each group and a line for each of its runs, labelled at their ends.
+
+    Args:
+        groups: runs by name, each with its ``losses`` in nats per token and their ``flops``.
+        loss: what is shown, for the axis.
+
+    Raises: ConfigError: matplotlib is not installed.
+    """
+    figure = _figure(8, 4.8)
+    axis = figure.subplots()
+    late = []
+    for number, (name, runs) in enumerate(groups.items()):
+        color = _GROUPS[number % len(_GROUPS)]
+        for run in runs:
+            axis.plot(run["flops"], run["losses"], color=color, linewidth=1.6, alpha=0.9 if len(runs) == 1 else 0.6)
+            late += list(run["losses"])[len(run["losses"]) // 5 :]
+        end = min(runs, key=lambda run: run["losses"][-1])
+        axis.annotate(name, (end["flops"][-1], end["losses"][-1]), xytext=(5, 0), textcoords="offset points",
+                      va="center", fontsize=9, color=color, fontweight="bold", annotation_clip=False)  # fmt: skip
+    margin = 0.05 * (max(late) - min(late) or 1.0)
+    axis.set_ylim(min(late) - margin, max(late) + margin)  # the fall from the random start runs off the top
+    axis.set_xlim(left=0)
+    axis.set_xlabel("FLOPs of training, the base's counted")
+    axis.set_ylabel(f"{loss} (nats per token)")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    output_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output_png)
+    return output_png
+
+
+def _figure(width: float, height: float) -> Any:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a plot needs matplotlib, which is not installed; pip install matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional; without pyplot's global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def smooth(values: Sequence[float], half_width: int) -> list[float]:

@@ -10,7 +10,7 @@ import dataclasses
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.config.schema import RunConfig, StageConfig
-from growth_megatron.model.cost import flops_per_token
+from growth_megatron.model.cost import flops_per_token, parameter_count
 
 BAND_STEPS = 32
 """Over about so many steps the band of usual losses is averaged, in each stage anew."""
@@ -26,6 +26,8 @@ class Counters:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     flops: float = 0.0
+    flops_6nd: float | None = 0.0
+    """6 N D with all parameters, embeddings included; None after a checkpoint that did not count it."""
     skipped_samples: int = 0
     skipped_steps: int = 0
     loss_mean: float = 0.0
@@ -39,10 +41,12 @@ class Counters:
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Counters:
         """The counters that a checkpoint was saved with."""
-        return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
+        stored = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{**stored, "flops_6nd": 0.0} if manifest.flops == 0 else stored)
 
     def after_step(self, stage: StageConfig) -> Counters:
         """The counters one optimizer step later."""
+        more_6nd = 6.0 * parameter_count(stage.model).total * stage.tokens_per_step
         return dataclasses.replace(
             self,
             step=self.step + 1,
@@ -50,6 +54,7 @@ class Counters:
             consumed_samples=self.consumed_samples + stage.training.global_batch_size,
             consumed_tokens=self.consumed_tokens + stage.tokens_per_step,
             flops=self.flops + float(flops_per_token(stage.model)) * stage.tokens_per_step,
+            flops_6nd=None if self.flops_6nd is None else self.flops_6nd + more_6nd,
         )
 
     def with_loss(self, loss: float) -> Counters:

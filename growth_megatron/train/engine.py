@@ -40,6 +40,7 @@ from growth_megatron.checkpoint.torch_dist.optimizer_groups import (
     group_overrides,
 )
 from growth_megatron.config.schema import StageConfig
+from growth_megatron.growth.live import LiveMap
 from growth_megatron.model.architecture import row_of, without_layer_number
 from growth_megatron.model.llama import build_model_chunks
 
@@ -76,6 +77,8 @@ class Engine:
         self.wrapped: list[DistributedDataParallel] = []
         self._optimizer: MegatronOptimizer | None = None
         self._epsilon_multipliers: list[float] = []
+        self.live: LiveMap | None = None
+        """Between the parameters as they are trained and saved and as the modules use them; None: there is one kind."""
 
     def finish(self) -> None:
         """Wrap the models and build the optimizer: after initial weights are in, since it copies its masters here."""
@@ -141,7 +144,7 @@ class Engine:
         """
         config = self.models[0].config
         config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
-        self.models, self.wrapped, self._optimizer = [], [], None
+        self.models, self.wrapped, self._optimizer, self.live = [], [], None, None
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -169,17 +172,26 @@ class Engine:
         stop_requested: bool = False,
         failed: bool = False,
         highest_loss: float = math.inf,
+        stage_step: int = 0,
     ) -> StepResult:
         """One update from this rank's micro-batches.
 
         It is not made where the loss is above ``highest_loss``, or it or the gradient's norm are not finite.
+        ``stage_step`` is the number of steps that the stage has made, by which a live map goes.
         ``stop_requested`` and ``failed`` (this rank has no batches; it was given some to take part) of any rank come
         back on all of them, so that all leave at the same step.
         """
         for model in self.wrapped:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(batches, forward_only=False)
+        if self.live is not None and self.live.is_over(stage_step):
+            self.live = None
+        if self.live is None:
+            sums = self._run(batches, forward_only=False)
+        else:
+            with self.gathered_parameters(), self._live_weights(stage_step):
+                sums = self._run(batches, forward_only=False)
+                self.live.pull_back()
         loss, stop, failed = _world_mean_loss(sums, stop_requested, failed)
         if failed or not math.isfinite(loss) or loss > highest_loss:
             return StepResult(loss, math.nan, stop, taken=False, failed=failed)
@@ -215,11 +227,11 @@ class Engine:
         return bool(torch.stack(ends).isfinite().all())
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, batches: Sequence[Batch], stage_step: int = 0) -> float:
         """Mean loss (nats per token) of this rank's micro-batches and those of all data-parallel peers."""
         for model in self.models:
             model.eval()
-        with self.gathered_parameters():
+        with self.gathered_parameters(), self._live_weights(stage_step):
             sums = self._run(batches, forward_only=True)
         for model in self.models:
             model.train()
@@ -236,6 +248,15 @@ class Engine:
         if deferred:
             for model in self.wrapped:
                 model.enable_forward_pre_hook()
+
+    @contextmanager
+    def _live_weights(self, stage_step: int) -> Iterator[None]:
+        """The modules' parameters as they act after ``stage_step`` steps of the stage."""
+        if self.live is not None:
+            self.live.pour(stage_step)
+        yield
+        if self.live is not None:
+            self.live.put_back()
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> list[torch.Tensor]:
         iterators = [iter(batches) for _ in self.wrapped]

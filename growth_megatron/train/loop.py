@@ -85,6 +85,7 @@ class StageLoop:
         self._validation = collectives.on_all_ranks(self._validation_batches)
         self._rollback: RollBack | None = None
         self._skipped_in_a_row = 0
+        self._leaving = False
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
     def note_loss_after_growth(self, loss: float | None) -> None:
@@ -115,10 +116,9 @@ class StageLoop:
         elif self._evaluated_step != self.counters.step:
             self.validate()
         self._commit_pending(wait=True)
+        self._leaving = not ended and not self._rollback
         if self._saved_step != self.counters.step and self.counters.step > 0 and not self._rollback:
             self._save(in_background=False)
-        if not ended and not self._rollback:
-            self.context.stop.finish()  # all is saved: another signal changes nothing
         return self._rollback or ended
 
     def validate(self) -> float | None:
@@ -126,7 +126,7 @@ class StageLoop:
         if not self._validation:
             return None
         self.context.watchdog.alive("validating", self.counters.step)
-        loss = self.engine.evaluate(self._validation)
+        loss = self.engine.evaluate(self._validation, self.counters.stage_step)
         self._evaluated_step, self._validation_loss = self.counters.step, loss
         self.context.metrics.log(
             "validation",
@@ -134,6 +134,7 @@ class StageLoop:
             stage=self.stage.name,
             consumed_tokens=self.counters.consumed_tokens,
             flops=self.counters.flops,
+            flops_6nd=self.counters.flops_6nd,
             validation_loss=loss,
         )
         self._restart_window()
@@ -148,7 +149,9 @@ class StageLoop:
         rate = learning_rate(self.stage.schedule, position, total)
         bound = highest_loss(self.counters, self.stage.training)
         self.context.watchdog.alive(step=self.counters.step)
-        result = self.engine.train_step(batches, rate, self.context.stop.requested, error is not None, bound)
+        result = self.engine.train_step(
+            batches, rate, self.context.stop.requested, error is not None, bound, self.counters.stage_step
+        )
         if result.failed:
             collectives.on_all_ranks(partial(_raise, error))
         self.counters = self.counters.after_step(self.stage)
@@ -216,6 +219,7 @@ class StageLoop:
             consumed_tokens=self.counters.consumed_tokens,
             consumed_samples=self.counters.consumed_samples,
             flops=self.counters.flops,
+            flops_6nd=self.counters.flops_6nd,
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=rate,
@@ -290,6 +294,8 @@ class StageLoop:
             with self._writing(step):
                 checksums = pending.save.finish()
                 path, size_bytes = collectives.on_rank_zero(partial(self._commit, pending, checksums))
+            if self._leaving:
+                self.context.stop.finish()  # all is saved: another signal changes nothing
         except CheckpointError as error:  # of all ranks alike
             collectives.on_rank_zero(partial(self.context.directory.discard, step))
             message = f"no checkpoint of step {step}: {error}"

@@ -31,10 +31,10 @@ FILE_NAME = "metrics.jsonl"
 # Fields of each kind in the order they are written; fields not named here follow, `time` comes last.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "train": (
-        "step", "stage", "stage_step", "consumed_tokens", "consumed_samples", "flops", "loss", "grad_norm",
+        "step", "stage", "stage_step", "consumed_tokens", "consumed_samples", "flops", "flops_6nd", "loss", "grad_norm",
         "learning_rate", "tokens_per_s", "tflops_per_s", "mfu", "step_time_s", "data_time_s", "memory_bytes",
     ),
-    "validation": ("step", "consumed_tokens", "flops", "validation_loss"),
+    "validation": ("step", "consumed_tokens", "flops", "flops_6nd", "validation_loss"),
     "growth": (
         "step", "operator", "source", "target", "source_geometry", "target_geometry", "optimizer_state",
         "validation_loss_before", "validation_loss_after", "seconds", "bytes_written",

@@ -16,6 +16,7 @@ from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.operators import choose
+from growth_megatron.growth.ramps import describe_ramps, mask_ramps
 from growth_megatron.model.cost import (
     ParameterCount,
     RankMemory,
@@ -32,7 +33,7 @@ __all__ = ["RunPlan", "StagePlan", "flops_per_token", "parameter_count", "plan_r
 _GROWING = (*GEOMETRY_FIELDS, "norm_epsilon", "tie_embeddings")
 """What a growth may change."""
 
-_SHOWN_OTHERWISE = {"operator", "layers", "optimizer_state", "schedule"}
+_SHOWN_OTHERWISE = {"operator", "layers", "optimizer_state", "schedule", "ramp"}
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,8 @@ def _growth(config: RunConfig, index: int) -> str | None:
         f"optimizer state {choose(growth).state_policy}",
         *(f"{key} {_shown(value)}" for key, value in options.items()),
     ]
+    if ramps := mask_ramps(source.model, stage.model, choose(growth)):
+        notes.append(f"masks open: {describe_ramps(ramps)}")
     what = ", ".join(changes) or "the same geometry"
     return f"{growth.operator}{listed} from {source.name}: {what}; {', '.join(notes)}"
 

@@ -16,10 +16,13 @@ from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDir
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
-from growth_megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
+from growth_megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig, StageConfig
 from growth_megatron.errors import CheckpointError, ConfigError, DamagedError, GrowthMegatronError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
 from growth_megatron.growth.configuration import load_config
+from growth_megatron.growth.masks import masked_plan
+from growth_megatron.growth.operators import choose
+from growth_megatron.growth.ramps import describe_ramps, last_step, mask_ramps
 from growth_megatron.parallel import collectives
 
 NEXT_LAYOUT_NAME = "next_layout.json"
@@ -83,6 +86,12 @@ def choose_start(directory: RunDirectory, settings: CheckpointConfig, resume: st
     )
     changes: dict[str, Any] = {"branches": (*manifest.branches, branch)}
     if settings.mode == "branch":
+        if manifest.stage_step and (plan := masked_plan(manifest)) is not None:
+            raise CheckpointError(
+                f"{choice.path} was grown with masks that open {describe_ramps(plan.ramps)} of its stage and stands at "
+                f"{manifest.stage_step}: a branch would close them again. Set checkpoint.mode to continue, or name a "
+                "checkpoint from after that"
+            )
         changes |= {"stage": 0, "stage_step": 0, "loss_mean": 0.0, "loss_deviation": 0.0}
     if settings.data == "new":
         changes |= {"consumed_samples": 0, "skipped_samples": 0, "data_fingerprint": None}
@@ -106,6 +115,7 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
             f"checkpoint.resume={path} checkpoint.mode=branch run.directory=NEW"
         )
     stage = config.stages[manifest.stage]
+    _check_masks(stage, path, manifest)
     differing = geometry_differences(manifest.geometry, stage.model)
     if differing:
         remedy = "Give model: the checkpoint's values, or choose another run.directory"
@@ -117,6 +127,26 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
         if settings and not growth_problems(manifest.geometry, stage.model, GrowthConfig()):
             remedy += f", or grow the checkpoint: growth-megatron grow {path} TARGET --set {settings}"
         raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
+
+
+def _check_masks(stage: StageConfig, path: Path, manifest: Manifest) -> None:
+    """Masks go by the growth that made the checkpoint, so that it is one model whoever reads it."""
+    plan = masked_plan(manifest)
+    if plan is None:
+        return
+    grown = f"{path} was grown with masks that open {describe_ramps(plan.ramps)}"
+    if last_step(plan.ramps) > stage.num_steps:
+        raise CheckpointError(
+            f"{grown}, but stage {stage.name} has {stage.num_steps} steps; give it {last_step(plan.ramps)} or more "
+            f"(stages.{stage.name}.training.steps)"
+        )
+    if stage.growth is not None:
+        wanted = mask_ramps(plan.source_geometry, plan.target_geometry, choose(stage.growth))
+        if wanted != plan.ramps:
+            raise CheckpointError(
+                f"{grown}, the configuration says {describe_ramps(wanted) or 'none'}; set growth.ramp of stage "
+                f"{stage.name} back to that, or resume from the checkpoint before the growth in another run.directory"
+            )
 
 
 def geometry_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:

@@ -51,6 +51,7 @@ from growth_megatron.errors import (
 )
 from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
 from growth_megatron.growth.layers import connection_rate
+from growth_megatron.growth.live import live_map
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.rules import GrowthPlan
@@ -216,6 +217,8 @@ def _train_stage(
         except DamagedError:
             engine.close()
             raise
+        assert choice.manifest is not None
+        engine.live = live_map(choice.manifest, engine.models)
     context.metrics.log("event", step=counters.step, event="stage", message=_stage_message(context, counters, choice))
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)

@@ -89,6 +89,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("hypercloning", {"ffn_hidden_size": 100}, "model.ffn_hidden_size", "a multiple of 40; nearest: 80 or 120"),
     ("hypercloning", {"num_attention_heads": 8}, "model.num_attention_heads", "nearest: 6 or 12"),
     ("hypercloning", {"head_dim": 8}, "model.head_dim", "hypercloning clones heads whole, so keep 4; or use split"),
+    ("masked", {"head_dim": 8}, "model.head_dim", "no mask hides; keep 4, or use split"),
+    ("masked", {"num_query_groups": 6}, "model.num_attention_heads", "masked adds new groups beside the old"),
+    ("masked", {"norm_epsilon": 5e-6, "hidden_size": 48}, "model.norm_epsilon", "allowed: 1e-05"),
 ]  # fmt: skip
 
 
@@ -247,8 +250,8 @@ def refusal(**fields: Any) -> str:
         ("xyz", "'xyz' is no operator"),
         ("", "at least 1 character"),
         ("split+", "'' is no operator"),
-        ("split+stack", "is 'split+stack'; write DEPTH+WIDTH with DEPTH out of direct, random, zero, gradual"),
-        ("stack+solar", "and WIDTH out of direct, random, zero, hypercloning, sparkling, split"),
+        ("split+stack", "is 'split+stack'; write DEPTH+WIDTH with DEPTH out of direct, masked, random, zero, gradual"),
+        ("stack+solar", "and WIDTH out of direct, masked, random, zero, hypercloning, sparkling, split"),
         ("stack+split+zero", "write DEPTH+WIDTH"),
     ],
 )  # fmt: skip
@@ -283,6 +286,9 @@ def test_an_operator_that_does_not_exist_is_refused_with_those_that_do(operator:
         ({"order": "shuffled"}, "Input should be 'interleaved' or 'tiled'"),
         ({"shares": "odd"}, "Input should be 'even' or 'uneven'"),
         ({"layers": [0, -1]}, "Input should be greater than or equal to 0"),
+        ({"operator": "random", "ramp": {}}, "ramp: is about masks, and random has none; remove it, or use masked"),
+        ({"operator": "masked", "ramp": {"ffn": [5, 5]}}, "ffn: [5, 5] must rise; write the first step, then the last"),
+        ({"operator": "masked", "ramp": {"width": [0, 5]}}, "Extra inputs are not permitted"),
         ({"operators": "stack"}, "Extra inputs are not permitted"),
     ],
 )  # fmt: skip

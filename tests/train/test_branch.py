@@ -125,6 +125,23 @@ def test_the_report_joins_a_branch_to_its_parent(parent: Path, tmp_path: Path) -
     assert "run/grown" in render_summary(summary)
 
 
+def test_masks_that_are_open_stay_open_in_a_branch_and_others_are_refused(parent: Path, tmp_path: Path) -> None:
+    source, grown = parent / "run" / "checkpoints" / "step_00000002", tmp_path / "grown"
+    how = ["--operator", "masked", "--set", "num_layers=4", "ramp={depth: [0, 3]}"]
+    assert run_command("grow", str(source), str(grown), *how).code == EXIT_OK
+    run = _one_stage(parent, tmp_path, 4, 2, resume=str(grown), interval_steps=1)
+    _train(run, "stages.only.training.steps=4")
+    expected = _losses(tmp_path / "branch")
+    again = _one_stage(parent, tmp_path, 4, 2, mode="branch", resume=str(tmp_path / "branch/checkpoints/step_00000005"))
+    one_step = ["stages.only.training.steps=1", f"run.directory={tmp_path / 'again'}"]
+    _train(again, *one_step)
+    assert _losses(tmp_path / "again") == {6: expected[6]}
+    halfway = f"checkpoint.resume={tmp_path / 'branch/checkpoints/step_00000004'}"
+    refused = run_command("train", str(again), halfway, f"run.directory={tmp_path / 'other'}")
+    assert refused.code == EXIT_USAGE
+    assert "a branch would close them again. Set checkpoint.mode to continue" in refused.err
+
+
 def test_without_a_checkpoint_to_start_from_nothing_can_be_branched() -> None:
     for key, value in (("mode", "branch"), ("data", "new")):
         with pytest.raises(ValueError, match=f"{key}: needs the path of a checkpoint as resume, which is auto"):

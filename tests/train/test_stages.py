@@ -266,6 +266,12 @@ def test_a_signal_stops_the_run_with_75_and_the_same_command_ends_it(
     assert _losses(run) == _losses(reference)
 
 
+def test_a_signal_after_the_save_of_the_first_one_changes_nothing(growing_config: Path, tmp_path: Path) -> None:
+    arguments = {"config": str(growing_config), "overrides": [f"run.directory={tmp_path / 'run'}"]}
+    assert run_ranks("tests.workers:signalled_again_after_the_save", 1, arguments) == [75]
+    assert (tmp_path / "run" / "latest" / "manifest.json").is_file()
+
+
 def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_it_taken(
     reference: Path, growing_config: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ class Job:
         self.run = run
         command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "-n", "2", str(config), f"run.directory={run}"]
         self.process = subprocess.Popen(
-            [*command, *LONG, *overrides], cwd=ROOT, env=environment(), text=True, start_new_session=True,
+            [*command, *LONG, *overrides], cwd=ROOT, text=True, start_new_session=True,
+            env={**environment(), "GROWTH_MEGATRON_VENV": sys.prefix},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         metrics = run / "metrics.jsonl"

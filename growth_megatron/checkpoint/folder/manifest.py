@@ -102,6 +102,7 @@ class Manifest(_Strict):
     consumed_samples: NonNegativeInt
     consumed_tokens: NonNegativeInt
     flops: NonNegativeFloat = Field(description="cumulative over the run")
+    flops_6nd: NonNegativeFloat | None = Field(None, description="6 N D, likewise; earlier versions lack it")
     skipped_samples: NonNegativeInt = Field(0, description="of the stream, passed over by rollbacks, never trained on")
     skipped_steps: NonNegativeInt = Field(0, description="steps whose update was left out")
     loss_mean: float = Field(0.0, description="running mean of the stage's losses, which tells a spike")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint, damage, read_common
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError, DamagedError
-from growth_megatron.model.tensors import TensorSource
+from growth_megatron.model.tensors import Region, TensorSource
 from growth_megatron.parallel.collectives import on_all_ranks
 
 FORMAT: Mapping[str, Any] = MappingProxyType(
@@ -56,13 +56,18 @@ _DAMAGE = (
 def load_from_source(source: TensorSource, models: Sequence[MegatronModule]) -> None:
     """Fill every parameter of this rank's ``models`` with its region of ``source``; each rank reads only its shards."""
     with torch.no_grad():
-        for shard in _tensor_shards(model_state(models)):
-            region = tuple(
-                slice(start, start + length)
-                for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
-            )
-            assert shard.data is not None
-            shard.data.copy_(source.read(shard.key, region))
+        for data, key, region in model_shards(models):
+            data.copy_(source.read(key, region))
+
+
+def model_shards(models: Sequence[MegatronModule]) -> Iterator[tuple[torch.Tensor, str, Region]]:
+    """This rank's parameters, or the views that a fused one (gate and up) is made of, each with its tensor's key and
+    its region, of its shape.
+    """
+    for shard in _tensor_shards(model_state(models)):
+        assert shard.data is not None
+        bounds = zip(shard.global_offset, shard.local_shape, strict=True)
+        yield shard.data, shard.key, tuple(slice(start, start + length) for start, length in bounds)
 
 
 def load_into_model(

@@ -100,6 +100,9 @@ def _combination_problems(choice: Choice) -> list[Problem]:
     if width and width.has_fixed_state and choice.state_policy != width.optimizer_state:
         text = f"{width.name} has {width.optimizer_state} moments, here it is {choice.state_policy}; remove it, or "
         problems.append(("optimizer_state", text + "use split"))
+    if growth.ramp and not any(part and part.is_masked for part in (choice.depth, width)):
+        text = f"is about masks, and {growth.operator} has none; remove it, or use masked"
+        problems.append(("ramp", text))
     if width is None or not width.copies:
         about_copies = {
             "order": growth.order is not None,

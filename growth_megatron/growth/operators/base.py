@@ -27,11 +27,12 @@ class Depth:
     new_layers: str  # in words, for tables
     layers: LayerList
     repeats: Literal["copy", "zero_output", "initial"] = "copy"
+    is_masked: bool = False  # new layers act through masks (``growth.masks``)
 
     @property
     def keeps_function(self) -> bool:
         """Whether a deeper model with all source layers in order is the same function."""
-        return self.repeats == "zero_output"
+        return self.repeats == "zero_output" or self.is_masked
 
     @property
     def adds_layers(self) -> bool:
@@ -56,11 +57,12 @@ class Width:
     whole_multiples: bool = False
     optimizer_state: Literal["reset", "carry", "asymmetric"] = "reset"
     has_fixed_state: bool = False
+    is_masked: bool = False  # new coordinates act through masks (``growth.masks``)
 
     @property
     def keeps_function(self) -> bool:
         """Whether the wider model is the same function."""
-        return self.copies or self.closing != RANDOM
+        return self.copies or self.closing != RANDOM or self.is_masked
 
     @property
     def closes_with_zeros(self) -> bool:

@@ -1,4 +1,4 @@
-"""The paper's random operator (arXiv 2405.15319), without the masks that ramp new parameters in: they act at once."""
+"""The paper's random operator (arXiv 2405.15319), without masks (``masked`` has them): new parameters act at once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,109 @@
+"""Speed-ups at equal loss: exact on curves whose costs are known, never extrapolated, over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from growth_megatron.errors import DataError
+from growth_megatron.report.compare import compare, cost_of, read_run, render_comparison, speed_up
+from tests.command_line import run_command
+
+
+def _run(folder: Path, *, cheaper: float = 1.0, steps: int = 40, floor: float = 0.0, seed: int = 0) -> Path:
+    """A run whose loss at C FLOPs is (1e15 / (C * cheaper)) ** 0.1 + floor; held out every fourth step."""
+    folder.mkdir()
+    lines = []
+    for step in range(1, steps + 1):
+        flops = 1e15 * step * (1 + 0.01 * seed)
+        shared = {
+            "step": step,
+            "stage": "main",
+            "consumed_tokens": 1000 * step,
+            "flops": flops,
+            "flops_6nd": 0.9 * flops,
+        }
+        loss = (1e15 / (flops * cheaper)) ** 0.1 + floor
+        lines.append({"kind": "train", **shared, "stage_step": step, "loss": loss})
+        if step % 4 == 0:
+            lines.append({"kind": "validation", **shared, "validation_loss": loss})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_run_that_needs_half_the_flops_is_a_speed_up_of_a_hundred_percent(tmp_path: Path) -> None:
+    grown, scratch = read_run(_run(tmp_path / "grown", cheaper=2.0)), read_run(_run(tmp_path / "scratch"))
+    for loss in ("validation", "train"):
+        for cost in ("flops", "flops_6nd", "consumed_tokens"):
+            found = speed_up(grown.curves[loss], scratch.curves[loss], cost)
+            assert found.value == pytest.approx(1.0, rel=0.02), (loss, cost)
+            back = speed_up(scratch.curves[loss], grown.curves[loss], cost)
+            assert back.value == pytest.approx(-0.5, rel=0.02)
+            assert back.loss == found.loss == max(grown.curves[loss].best, scratch.curves[loss].best)
+
+
+def test_a_run_is_as_fast_as_itself(tmp_path: Path) -> None:
+    run = read_run(_run(tmp_path / "run"))
+    assert speed_up(run.curves["validation"], run.curves["validation"], "flops").value == 0.0
+
+
+def test_a_loss_between_two_records_lies_between_their_costs_and_one_never_reached_is_refused(tmp_path: Path) -> None:
+    curve = read_run(_run(tmp_path / "run")).curves["validation"]
+    middle = (curve.losses[3] + curve.losses[4]) / 2
+    cost = cost_of(curve, "flops", middle)
+    assert cost == pytest.approx(math.sqrt(curve.costs["flops"][3] * curve.costs["flops"][4]))
+    with pytest.raises(ValueError, match="the lowest loss is"):
+        cost_of(curve, "flops", 0.01)
+
+
+def test_seeds_give_a_mean_and_a_spread_and_a_sentence(tmp_path: Path) -> None:
+    grown = [read_run(_run(tmp_path / f"g{seed}", cheaper=1.5 + 0.1 * seed, seed=seed)) for seed in range(3)]
+    scratch = [read_run(_run(tmp_path / f"s{seed}", seed=seed)) for seed in range(3)]
+    figures = compare({"stack": grown}, scratch)
+    found = figures["groups"]["stack"]["speed_ups"]["validation"]["flops"]
+    assert found["mean"] == pytest.approx(0.6, abs=0.03)
+    assert found["least"] < found["mean"] < found["most"]
+    text = render_comparison(figures)
+    assert "stack comes to a held-out loss of" in text
+    assert "fewer FLOPs than the baseline" in text
+    assert "over 3 pairs of runs" in text
+
+
+def test_a_run_that_never_comes_to_the_baselines_loss_is_judged_where_it_was(tmp_path: Path) -> None:
+    worse, scratch = read_run(_run(tmp_path / "worse", floor=0.1)), read_run(_run(tmp_path / "scratch"))
+    found = speed_up(worse.curves["validation"], scratch.curves["validation"], "flops")
+    assert found.loss == worse.curves["validation"].best
+    assert found.value < 0
+    assert "more FLOPs than the baseline" in render_comparison(compare({"worse": [worse]}, [scratch]))
+
+
+def test_the_command_prints_and_writes_figures_and_a_picture(tmp_path: Path) -> None:
+    _run(tmp_path / "grown", cheaper=2.0)
+    _run(tmp_path / "scratch")
+    outcome = run_command(
+        "compare",
+        f"stack={tmp_path / 'grown'}",
+        "--baseline",
+        str(tmp_path / "scratch"),
+        "--output",
+        str(tmp_path / "out"),
+    )
+    assert outcome.code == 0, outcome.printed
+    assert "speed-up of +" in outcome.out
+    figures = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert figures["groups"]["stack"]["runs"] == [str(tmp_path / "grown")]
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        read_run(tmp_path)
+    _run(tmp_path / "short", steps=1)
+    with pytest.raises(DataError, match="fewer than two losses"):
+        read_run(tmp_path / "short")
+    outcome = run_command("compare", str(tmp_path / "nowhere"), "--baseline", str(tmp_path / "short"))
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.printed
