@@ -124,6 +124,7 @@ class Watchdog:
         return Mark(self._rank, socket.gethostname(), os.getpid(), self._step, self._doing, still_s, self._beats)
 
     def _watch(self) -> None:
+        self._pause(0.0)  # a first mark, so that a rank is known by more than its number from the start
         while not self._ended.is_set():
             answers = self._pause(self._beat_s)
             if time.monotonic() - self._moved_at > self._bound_s and not self._ended.is_set():
