@@ -169,7 +169,7 @@ POSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("direct", {"vocab_multiple": 64}),  # pads to the same
     ("identity+zero", {"hidden_size": 48, "num_layers": 5, "norm_epsilon": 5e-6}),
     ("hypercloning", {"hidden_size": 72, "num_attention_heads": 12, "num_query_groups": 4, "ffn_hidden_size": 40}),
-    ("stack", {"sequence_length": 4096, "init_std": 0.01}),
+    ("stack", {"sequence_length": 1024, "init_std": 0.01}),
     ("solar", {"num_layers": 8}),
 ]
 
