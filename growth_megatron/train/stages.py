@@ -4,9 +4,9 @@ Owns: the walk over the stages, the growth between two of them as the run sees i
 Does not own: what a resumed run checks (``train.resume``), steps within a stage (``train.loop``), ``growth`` itself.
 
 The state of a run is its newest valid checkpoint, and which samples are passed over from there (after a rollback, which
-metrics.jsonl records). Every turn of the walk looks at that checkpoint: in
-the middle of a stage it goes on training, at a stage's end it grows, at the run's end it is done. So a run killed
-anywhere resumes when the same command is re-run, and growing mid-run takes the very path of resuming.
+metrics.jsonl records). Every turn of the walk looks at that checkpoint: in the middle of a stage it goes on training,
+at a stage's end it grows, at the run's end it is done. So a run killed anywhere resumes when the same command is
+re-run, and growing mid-run takes the very path of resuming.
 """
 
 from __future__ import annotations

@@ -106,8 +106,6 @@ class Watchdog:
             self._longest_step_s = max(self._longest_step_s, now - self._moved_at)
         self._moved_at, self._doing = now, doing
         self._step = self._step if step is None else step
-        # Threads need the interpreter; should something hold it for ever, this ends the process all the same.
-        faulthandler.dump_traceback_later(3 * self._bound_s, exit=True, file=self._log)
 
     def close(self) -> None:
         """Watch no more."""
@@ -136,6 +134,8 @@ class Watchdog:
 
     def _pause(self, seconds: float) -> bool:
         """Wait, then write a mark; False if that failed. Time for which this process was stopped does not count."""
+        # Should something hold the interpreter, which this thread needs, the log says what; other ranks end this one.
+        faulthandler.dump_traceback_later(seconds + 2 * self._bound_s, file=self._log)
         before = time.monotonic()
         self._ended.wait(seconds)
         excess = time.monotonic() - before - seconds

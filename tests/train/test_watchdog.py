@@ -123,6 +123,25 @@ def test_a_stopped_rank_ends_the_run_within_its_bound_and_is_named(config: Path,
     assert "Traceback (most recent call last)" not in output
 
 
+def test_a_job_that_was_suspended_as_a_whole_goes_on(config: Path, tmp_path: Path) -> None:
+    """As schedulers do it; the time does not count, however long it was."""
+    job = Job(config, tmp_path / "run", "run.timeout_s=2")
+    for rank in job.ranks:
+        rank.suspend()
+    time.sleep(8)
+    before = (job.run / "metrics.jsonl").read_text().count('"kind": "train"')
+    for rank in job.ranks:
+        rank.resume()
+    deadline = time.monotonic() + TIMEOUT_S
+    while (job.run / "metrics.jsonl").read_text().count('"kind": "train"') < before + 100:
+        assert job.process.poll() is None, job.process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.end()
+    assert code == 75, output
+
+
 def test_a_killed_rank_is_named_in_one_line_without_tracebacks(config: Path, tmp_path: Path) -> None:
     job = Job(config, tmp_path / "run")
     job.ranks[1].kill()
