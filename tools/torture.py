@@ -360,7 +360,8 @@ def torture(options: argparse.Namespace, folder: Path) -> list[Tally]:
             except Exception as error:  # a fault of this program, or of what it looks at: both are to be seen
                 tally.faults.append(f"{type(error).__name__}: {error}")
                 tally.tried += 1
-            print(f"{kind} {tally.tried}: {len(tally.faults)} broke", end="\r", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"{kind} {tally.tried}: {len(tally.faults)} broke", end="\r", file=sys.stderr, flush=True)
         tally.seconds = time.monotonic() - started
         tallies.append(tally)
         print(*table([tally])[1:], *tally.faults, sep="\n", flush=True)

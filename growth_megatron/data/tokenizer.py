@@ -36,14 +36,16 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self.vocab_size = int(self._processor.vocab_size())
-        except RuntimeError as error:
+            self._longest = SHORT_TEXT if self._lines_are_independent() else LONG_TEXT
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # ValueError: text that is no UTF-8, in a piece or in its own message
             raise DataError(f"tokenizer {self.path} is not an intact SentencePiece model ({error})") from error
         self.bos_id = int(self._processor.bos_id())  # -1 where the model has none
         self.eos_id = int(self._processor.eos_id())
         if self.eos_id < 0:
             raise DataError(f"tokenizer {self.path} has no end-of-sentence piece, which separates documents")
-
-        self._longest = SHORT_TEXT if self._lines_are_independent() else LONG_TEXT
 
     def _lines_are_independent(self) -> bool:
         """Whether a text cut after a newline gives the same ids: no piece holds one, and none is put in front."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,19 @@ def test_damaged_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.model").write_bytes(content)
     with pytest.raises(DataError, match="not an intact SentencePiece model"):
         Tokenizer(tmp_path / "t.model")
+
+
+def test_flipped_bits_are_a_message_or_a_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    content, path, rng = tokenizer.path.read_bytes(), tmp_path / "flipped.model", random.Random(7)
+    refused = 0
+    for _ in range(300):
+        position = rng.randrange(len(content))
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x80]) + content[position + 1 :])
+        try:
+            Tokenizer(path).encode("Growth pays.")
+        except DataError:
+            refused += 1
+    assert refused
 
 
 def test_truncated_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
