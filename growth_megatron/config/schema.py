@@ -342,6 +342,7 @@ class StageConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     training: TrainingConfig
+    data: DataConfig
     growth: GrowthConfig | None = None
 
     @model_validator(mode="after")
@@ -395,6 +396,11 @@ class StageConfig(Section):
         return self.training.global_batch_size * self.model.sequence_length
 
     @property
+    def stream(self) -> tuple[Any, ...]:
+        """What the order of its samples depends on: a stage goes on in that of the one before where both have this."""
+        return self.data.train, self.data.validation_fraction, self.model.sequence_length
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of this stage."""
         if self.training.steps is not None:
@@ -417,7 +423,6 @@ class RunConfig(Section):
     """A whole run: what is shared by all stages, and the stages."""
 
     run: RunSection
-    data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -434,10 +439,10 @@ class RunConfig(Section):
             if stage.name in names[:index]:
                 text = f"{stage.name} is the name of an earlier stage; give each stage its own"
                 problems.append((f"{index}.name", text))
-            for key in ("sequence_length", "vocab_size", "vocab_multiple"):
-                here, there = getattr(stage.model, key), getattr(first.model, key)
+            for section, key in (("model", "vocab_size"), ("model", "vocab_multiple"), ("data", "tokenizer")):
+                here, there = (getattr(getattr(one, section), key) for one in (stage, first))
                 if here != there:
                     text = f"{here} differs from the first stage's {there}; set it once, at the top level"
-                    problems.append((f"{index}.model.{key}", text))
+                    problems.append((f"{index}.{section}.{key}", text))
         refuse(problems or (info.context.chain_problems(stages) if info.context else []))
         return stages
