@@ -25,6 +25,7 @@ EXTRAS = {
         "pyarrow",
         "safetensors",
         "transformers>=4.45",
+        "gguf",
     ],
 }
 
