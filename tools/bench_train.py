@@ -93,7 +93,7 @@ def load_bench(options: argparse.Namespace, folder: Path) -> Bench:
     Raises: ConfigError
     """
     path = options.config or folder / "default.yaml"
-    data = {"tokenizer": "none", "train": [{"path": str(folder / "tokens")}]}
+    data = {"train": [{"path": str(folder / "tokens")}]}
     if options.config is None:
         precision = {"precision": "bf16" if torch.cuda.is_available() else "fp32"}
         default = {**DEFAULT, "training": {**DEFAULT["training"], **precision}}
