@@ -307,10 +307,14 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation loss on held-out data."""
+    """Validation loss on held-out data, and lm-eval's tasks."""
 
     interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
     samples: PositiveInt = Field(256, description="sequences per evaluation, the same each time")
+    tasks: tuple[str, ...] = Field((), description="of lm-eval, or growth_paper; evaluated with the live model")
+    tasks_interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
+    tasks_limit: PositiveInt | None = Field(None, description="documents of each task; default: all")
+    include_path: str | None = Field(None, min_length=1, description="folder with more tasks; their code is run")
 
 
 class WandbConfig(Section):
@@ -346,8 +350,12 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        refuse([*self._tensor_problems(), *self._pipeline_problems(), *self._length_problems()])
+        refuse([*self.layout_problems(), *self._length_problems()])
         return self
+
+    def layout_problems(self) -> list[tuple[str, str]]:
+        """Keys, and what is wrong: how the model does not divide into this layout."""
+        return [*self._tensor_problems(), *self._pipeline_problems()]
 
     def _tensor_problems(self) -> list[tuple[str, str]]:
         tensor, model = self.parallel.tensor_parallel_size, self.model
