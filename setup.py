@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "zstd": ["zstandard"],
+    "parquet": ["pyarrow"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "plot": ["matplotlib"],
@@ -21,6 +22,7 @@ EXTRAS = {
         "mypy",
         "types-PyYAML",
         "zstandard",
+        "pyarrow",
         "safetensors",
         "transformers>=4.45",
         "accelerate",  # of lm-eval's model for Hugging Face folders, which evaluation is compared with

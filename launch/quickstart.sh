@@ -50,7 +50,8 @@ try:
     config = load_config(sys.argv[1], sys.argv[2:]).config
 except GrowthMegatronError as error:
     sys.exit(f"growth-megatron train: {error}")
-print(config.data.tokenizer, config.data.train[0].path, config.data.validation[0].path)
+data = config.stages[0].data
+print(data.tokenizer, data.train[0].path, data.validation[0].path)
 print(config.stages[0].model.vocab_size, config.run.directory)
 PYTHON
 ) || exit 2

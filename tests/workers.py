@@ -11,7 +11,15 @@ import torch
 from megatron.core import parallel_state
 
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schema import (
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Batch, Engine
@@ -41,6 +49,7 @@ def stage_of(
         model=ModelConfig(**{**SMALL, **(model or {})}),
         parallel=ParallelConfig(**layout),
         schedule=ScheduleConfig(learning_rate=1e-3),
+        data=DataConfig(train=(DatasetConfig(path="none"),)),
         training=TrainingConfig(
             steps=10,
             global_batch_size=BATCH,

@@ -13,6 +13,7 @@ import itertools
 import resource
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,11 +29,10 @@ from rich.console import Console as RichConsole
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
-from growth_megatron.checkpoint.torch_dist.saver import start_save
+from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, config_hash
 from growth_megatron.config.schema import RunConfig, StageConfig
-from growth_megatron.data.dataset import build_train_dataset
 from growth_megatron.data.loader import BatchLoader
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.operators import choose
@@ -43,6 +43,7 @@ from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.console import Console, LiveConsole, Position, open_console
 from growth_megatron.train.counters import Counters
+from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
@@ -70,12 +71,9 @@ class Bench:
         config = self.config.model_copy(update={"stages": tuple(stages)})
         directory = RunDirectory(self.folder / name)
         log = collectives.on_all_ranks(lambda: open_rank_log(directory.path, dist.get_rank()))
-        sequence, seed = self.stage.model.sequence_length, config.run.seed
-        data = collectives.on_all_ranks(lambda: build_train_dataset(config.data, sequence, seed, self.folder / "cache"))
         loaded = LoadedConfig(config, config_hash(config))
-        return RunContext(
-            loaded, directory, metrics, StopRequest(), Watchdog(log), data, None, {}, {}, dist.get_world_size()
-        )
+        data = RunData(config, self.folder)
+        return RunContext(loaded, directory, metrics, StopRequest(), Watchdog(log), data, dist.get_world_size())
 
 
 class StepClock:
@@ -146,7 +144,7 @@ def read_batches(context: RunContext, stage: StageConfig, steps: int) -> list[li
         stage.training.global_batch_size,
         torch.cuda.current_device(),
     )
-    with BatchLoader(context.train_data, size, per_step, rank, ranks) as loader:
+    with BatchLoader(context.data.of(stage).train, size, per_step, rank, ranks) as loader:
         read = [loader.micro_batches(step * per_step) for step in range(steps)]
     return [[{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches] for batches in read]
 
@@ -238,33 +236,44 @@ def train_against_bare(bench: Bench, engine: Engine) -> Figures:
 
 
 def steps_beside_a_save(bench: Bench, engine: Engine) -> Figures:
-    """Steps while a checkpoint is written in the background against steps alone, in turn; the first turn is left out.
+    """How much slower steps are while a checkpoint is written in the background; the first turn is left out.
 
-    Without copies, which are the blocking part of a save: they are over when the first step begins.
+    The steps that began during the writing took ``extra`` seconds more than as many alone, and the writing ``written``
+    seconds; of those, ``written - extra`` would have done for the same work. Without copies, which are the blocking
+    part of a save: they are over when the first step begins.
     """
     stage = engine.stage
     batches = read_batches(bench.context([stage], "beside", NullMetrics()), stage, 1)
-    alone: list[float] = []
-    beside: list[float] = []
+    slower: list[float] = []
     for turn in range(bench.turns + 1):
         folder = bench.folder / "beside" / f"save_{turn}"
         collectives.on_rank_zero(partial(folder.mkdir, parents=True))
         save = start_save(folder, engine.models, engine.optimizer)
-        during = []
-        while collectives.any_rank(not save.is_written()):
+        clock = WriteClock(save)
+        during: list[float] = []
+        while not during or collectives.any_rank(not save.is_written()):
             during.append(timed(lambda: bare_steps(engine, batches))[0])
+        clock.join()
         save.finish()
         collectives.on_rank_zero(partial(shutil.rmtree, folder))
-        after = [timed(lambda: bare_steps(engine, batches))[0] for _ in during]
+        alone = [timed(lambda: bare_steps(engine, batches))[0] for _ in during]
         if turn:
-            beside += during[:-1]  # the last one ends after the save
-            alone += after
-    if not beside:
-        return {}
-    return {
-        "step_beside_a_save": statistics.median(beside) / statistics.median(alone),
-        "steps_beside_saves": len(beside),
-    }
+            slower.append(clock.seconds / max(clock.seconds - (sum(during) - sum(alone)), 1e-9))
+    return {"step_beside_a_save": statistics.median(slower), "step_beside_a_save_of_turns": quartiles(slower)}
+
+
+class WriteClock(threading.Thread):
+    """How long a background save takes to be written, from now on."""
+
+    def __init__(self, save: Save) -> None:
+        super().__init__()
+        self._save, self._since, self.seconds = save, time.perf_counter(), 0.0
+        self.start()
+
+    def run(self) -> None:
+        while not self._save.is_written():
+            time.sleep(1e-3)
+        self.seconds = time.perf_counter() - self._since
 
 
 def train_figures(

@@ -116,7 +116,6 @@ def load_bench(options: argparse.Namespace, folder: Path) -> Bench:
     training = wanted.training.model_copy(update={"steps": steps + 1, "tokens": None})
     config = loaded.config.model_copy(
         update={
-            "data": DataConfig.model_validate(data),
             "evaluation": EvaluationConfig(),
             "checkpoint": loaded.config.checkpoint.model_copy(update={"interval_steps": None, "resume": "auto"}),
             "logging": loaded.config.logging.model_copy(update={"interval_steps": 1}),
@@ -124,7 +123,7 @@ def load_bench(options: argparse.Namespace, folder: Path) -> Bench:
     )
     model = wanted.model
     collectives.on_rank_zero(lambda: write_tokens(folder / "tokens", model.vocab_size, model.sequence_length))
-    stage = wanted.model_copy(update={"training": training, "growth": None})
+    stage = wanted.model_copy(update={"training": training, "growth": None, "data": DataConfig.model_validate(data)})
     return Bench(config, stage, folder, turns, steps, options.live)
 
 
@@ -161,7 +160,8 @@ def print_figures(figures: Figures) -> None:
         "share_of_matmul": "train / matrix product, FLOP/s",
         "bare_share_of_matmul": "bare loop / matrix product, FLOP/s",
         "save_to_step": "a save / a step (no part of the above)",
-        "step_beside_a_save": "a step while a checkpoint is written / a step alone, medians",
+        "step_beside_a_save": "a step while a checkpoint is written / a step alone, median of turns",
+        "step_beside_a_save_of_turns": "  of turns, quartiles",
         "tokens_per_s": "tokens/s",
         "tflops_per_s_per_rank": "TFLOP/s per rank",
         "peak_memory_bytes": "peak memory of rank 0, bytes",

@@ -172,7 +172,7 @@ class CheckpointOrigin(Origin):
                 kept = self.path / (MODEL_NAME if own == {MODEL_NAME} else "")
                 tokenizer_files(kept, self.geometry)
                 return kept, "none, but special ids" if own == {IDS_NAME} else "of the checkpoint"
-            named = read_config(path).config.data.tokenizer
+            named = read_config(path).config.stages[0].data.tokenizer
             if named is None:
                 return None, f"none: {path} names none"
             tokenizer = Path(named)

@@ -46,7 +46,11 @@ def add_text_inputs(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommands that read text."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders")
     parser.add_argument("--output", required=True, metavar="PATH", help="file or prefix to be written")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="of .jsonl; default: %(default)s")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="of records; default: %(default)s")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="FIELD[!]=VALUE",
+        help="records to read, as in meta.set!=code; may be repeated, then all must hold",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
 
 

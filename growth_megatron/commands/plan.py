@@ -11,7 +11,7 @@ from rich.console import Console
 
 from growth_megatron.commands.parsing import Subparsers, add_command, add_config
 from growth_megatron.commands.plan_tables import print_plan
-from growth_megatron.data.mixture import describe_draws, draws
+from growth_megatron.data.mixture import describe_draws, draws_of_stages
 from growth_megatron.errors import EXIT_OK, DataError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.plan import plan_run, plan_to_dict
@@ -37,8 +37,9 @@ def run(options: argparse.Namespace) -> int:
     plan = plan_run(config, options.world_size)
     data = None
     try:
-        data = [dataclasses.asdict(draw) for draw in draws(config.data, plan.tokens)]
-        text = describe_draws(config.data, plan.tokens)
+        drawn = draws_of_stages(config.stages)
+        data = [{"stages": names, **dataclasses.asdict(draw)} for names, found in drawn for draw in found]
+        text = describe_draws(config.stages)
     except DataError as error:
         text = f"data: shares and epochs are not known yet: {error}"
     if options.json:

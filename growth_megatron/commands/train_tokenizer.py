@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from growth_megatron.commands.parsing import Subparsers, add_command, add_text_inputs
+from growth_megatron.data.records import Fields
 from growth_megatron.data.tokenizer import train_tokenizer
 from growth_megatron.errors import EXIT_OK
 
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         options.output,
         options.vocab_size,
         max_bytes=options.max_bytes,
-        text_field=options.text_field,
+        fields=Fields.parse(options.text_field, options.where),
         overwrite=options.overwrite,
     )
     print(f"{options.output}: {tokenizer.vocab_size} entries")

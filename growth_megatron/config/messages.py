@@ -19,7 +19,7 @@ from growth_megatron.config.document import Node
 from growth_megatron.config.schema import RunConfig, StageConfig
 from growth_megatron.config.words import closest
 
-STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training")
+STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training", "data")
 
 _SYNONYMS = {
     other: ours

@@ -335,6 +335,31 @@ class LoggingConfig(Section):
     )
 
 
+def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
+    """How ``model`` does not divide into this layout, by dotted key of a stage."""
+    problems = []
+    tensor, pipeline, chunks = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.model_chunks
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "padded vocabulary": model.padded_vocab_size,
+    }
+    if parallel.sequence_parallel:
+        sizes["sequence_length"] = model.sequence_length
+    if wrong := ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor):
+        text = f"{tensor} does not divide {wrong}; allowed: {divisors(*sizes.values())}"
+        problems.append(("parallel.tensor_parallel_size", text))
+    if model.num_layers % (pipeline * chunks):
+        stages = f"pipeline_parallel_size {pipeline}"
+        if chunks > 1:
+            stages += f" x virtual_pipeline_parallel_size {chunks} = {pipeline * chunks}"
+        allowed = f"allowed: a product out of {divisors(model.num_layers)}; or change num_layers"
+        text = f"num_layers {model.num_layers} is not a multiple of {stages}; {allowed}"
+        problems.append(("parallel.pipeline_parallel_size", text))
+    return problems
+
+
 class StageConfig(Section):
     """One stage, complete: top-level sections merged with the stage's own."""
 
@@ -346,46 +371,13 @@ class StageConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     training: TrainingConfig
+    data: DataConfig
     growth: GrowthConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        refuse([*self.layout_problems(), *self._length_problems()])
+        refuse([*layout_problems(self.model, self.parallel), *self._length_problems()])
         return self
-
-    def layout_problems(self) -> list[tuple[str, str]]:
-        """Keys, and what is wrong: how the model does not divide into this layout."""
-        return [*self._tensor_problems(), *self._pipeline_problems()]
-
-    def _tensor_problems(self) -> list[tuple[str, str]]:
-        tensor, model = self.parallel.tensor_parallel_size, self.model
-        sizes = {
-            "num_attention_heads": model.num_attention_heads,
-            "num_query_groups": model.num_query_groups,
-            "ffn_hidden_size": model.ffn_hidden_size,
-            "padded vocabulary": model.padded_vocab_size,
-        }
-        if self.parallel.sequence_parallel:
-            sizes["sequence_length"] = model.sequence_length
-        wrong = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor)
-        if not wrong:
-            return []
-        text = f"{tensor} does not divide {wrong}; allowed: {divisors(*sizes.values())}"
-        return [("parallel.tensor_parallel_size", text)]
-
-    def _pipeline_problems(self) -> list[tuple[str, str]]:
-        pipeline, chunks, layers = (
-            self.parallel.pipeline_parallel_size,
-            self.parallel.model_chunks,
-            self.model.num_layers,
-        )
-        if layers % (pipeline * chunks) == 0:
-            return []
-        stages = f"pipeline_parallel_size {pipeline}"
-        if chunks > 1:
-            stages += f" x virtual_pipeline_parallel_size {chunks} = {pipeline * chunks}"
-        text = f"num_layers {layers} is not a multiple of {stages}; allowed: a product out of {divisors(layers)}"
-        return [("parallel.pipeline_parallel_size", f"{text}; or change num_layers")]
 
     def _length_problems(self) -> list[tuple[str, str]]:
         problems, training, schedule = [], self.training, self.schedule
@@ -401,6 +393,11 @@ class StageConfig(Section):
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step, over all ranks."""
         return self.training.global_batch_size * self.model.sequence_length
+
+    @property
+    def stream(self) -> tuple[Any, ...]:
+        """What the order of its samples depends on: a stage goes on in that of the one before where both have this."""
+        return self.data.train, self.data.validation_fraction, self.model.sequence_length
 
     @property
     def num_steps(self) -> int:
@@ -425,7 +422,6 @@ class RunConfig(Section):
     """A whole run: what is shared by all stages, and the stages."""
 
     run: RunSection
-    data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -442,10 +438,10 @@ class RunConfig(Section):
             if stage.name in names[:index]:
                 text = f"{stage.name} is the name of an earlier stage; give each stage its own"
                 problems.append((f"{index}.name", text))
-            for key in ("sequence_length", "vocab_size", "vocab_multiple"):
-                here, there = getattr(stage.model, key), getattr(first.model, key)
+            for section, key in (("model", "vocab_size"), ("model", "vocab_multiple"), ("data", "tokenizer")):
+                here, there = (getattr(getattr(one, section), key) for one in (stage, first))
                 if here != there:
                     text = f"{here} differs from the first stage's {there}; set it once, at the top level"
-                    problems.append((f"{index}.model.{key}", text))
+                    problems.append((f"{index}.{section}.{key}", text))
         refuse(problems or (info.context.chain_problems(stages) if info.context else []))
         return stages

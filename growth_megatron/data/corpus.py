@@ -3,7 +3,8 @@
 Owns: which files are read, in which order, how they are decompressed and decoded.
 Does not own: tokens (``encode``), files on the output side (``prepare``).
 
-A ``.txt`` file is one document, a line of a ``.jsonl`` file is one; each may be compressed (``.gz``, ``.zst``).
+A ``.txt`` file is one document, a line of a ``.jsonl`` file is one, each may be compressed (``.gz``, ``.zst``); so is a
+row of a ``.parquet`` or ``.arrow`` file (``records``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from growth_megatron.data.records import ALL_RECORDS, Fields, table_batches
 from growth_megatron.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
-ALLOWED = "allowed: .txt and .jsonl, each also as .gz or .zst"
+TABLES = (".parquet", ".arrow")
+ALLOWED = "allowed: .txt and .jsonl, each also as .gz or .zst, .parquet, .arrow"
+Kind = Literal["txt", "jsonl", "table"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,15 @@ class Source:
     """One input file."""
 
     path: Path
-    kind: Literal["txt", "jsonl"]
+    kind: Kind
     size_bytes: int  # on disk
     name: str  # path below the input it was found in
 
 
-def _kind(path: Path) -> Literal["txt", "jsonl"] | None:
+def _kind(path: Path) -> Kind | None:
     name = path.name
+    if name.endswith(TABLES):
+        return "table"
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     if name.endswith(".txt"):
@@ -149,33 +155,37 @@ def read_text(path: Path) -> str:
         return decode(stream.read(), path)
 
 
-def _without_lone_surrogates(text: str) -> str:
-    r"""JSON can spell half a character (``\ud800``), which has no UTF-8; it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def parse_record(line: bytes, path: Path, offset: int, text_field: str) -> str:
-    """Text of one line of a ``.jsonl`` file that starts at byte ``offset`` of the decompressed file."""
+def parse_record(line: bytes, path: Path, offset: int, fields: Fields = ALL_RECORDS) -> str | None:
+    """Text of one line of a ``.jsonl`` file that starts at byte ``offset`` of the decompressed file; None: left out."""
     where = f"{path}, record at byte {offset}"
     try:
         record = json.loads(decode(line, path, offset))
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}); a .jsonl file has one object a line") from error
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        has = f"its fields: {', '.join(sorted(record))}" if isinstance(record, dict) else "it is not an object"
-        raise DataError(f'{where}: no text under "{text_field}" ({has}); name the field with --text-field')
-    return text if text.isascii() else _without_lone_surrogates(text)
+    except RecursionError:
+        raise DataError(f"{where}: is nested too deeply; leave it out") from None
+    return fields.document(record, where)
 
 
-def read_documents(source: Source, text_field: str = "text") -> Iterator[str]:
+def table_texts(path: Path, fields: Fields) -> Iterator[list[str]]:
+    """The documents of a ``.parquet`` or ``.arrow`` file, some at a time."""
+    for rows, before in table_batches(path, fields):
+        found = (fields.document(row, f"{path}, row {before + number}") for number, row in enumerate(rows))
+        yield [text for text in found if text is not None]
+
+
+def read_documents(source: Source, fields: Fields = ALL_RECORDS) -> Iterator[str]:
     """The documents of one file, in order."""
     if source.kind == "txt":
         yield read_text(source.path)
         return
+    if source.kind == "table":
+        for texts in table_texts(source.path, fields):
+            yield from texts
+        return
     offset = 0
     with reading(source.path) as (stream, _):
         for line in stream:
-            if line.strip():
-                yield parse_record(line, source.path, offset, text_field)
+            if line.strip() and (text := parse_record(line, source.path, offset, fields)) is not None:
+                yield text
             offset += len(line)

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy
 
-from growth_megatron.data.corpus import Source, parse_record, read_text, reading
+from growth_megatron.data.corpus import Source, parse_record, read_text, reading, table_texts
 from growth_megatron.data.json_tokenizer import open_tokenizer
+from growth_megatron.data.records import ALL_RECORDS, Fields
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
@@ -30,9 +31,10 @@ UINT16_LIMIT = 65500  # megatron-core's own bound for storing ids in two bytes
 
 @dataclass(frozen=True)
 class Task:
-    """Work for one worker: whole ``.txt`` files, or lines of a ``.jsonl`` file."""
+    """Work for one worker: whole ``.txt`` files, lines of a ``.jsonl`` file, or texts of a table."""
 
     files: tuple[Path, ...]
+    texts: list[str] | None = None  # of files[0]
     lines: bytes | None = None  # of files[0], from byte `offset` of the decompressed file
     offset: int = 0
     disk_bytes: int = 0  # how far this task carries the progress
@@ -64,7 +66,18 @@ def _line_blocks(source: Source) -> Iterator[tuple[bytes, int, int]]:
             offset, on_disk = offset + len(block), raw.tell()
 
 
-def make_tasks(sources: Sequence[Source]) -> Iterator[Task]:
+def _table_tasks(source: Source, fields: Fields) -> Iterator[Task]:
+    """Texts of about ``TASK_BYTES``; the last task carries the progress of the whole file."""
+    gathered: list[str] = []
+    for texts in table_texts(source.path, fields):
+        gathered += texts
+        if sum(map(len, gathered)) >= TASK_BYTES:
+            yield Task((source.path,), gathered)
+            gathered = []
+    yield Task((source.path,), gathered, disk_bytes=source.size_bytes)
+
+
+def make_tasks(sources: Sequence[Source], fields: Fields = ALL_RECORDS) -> Iterator[Task]:
     """The corpus in order, as tasks that depend on the corpus alone."""
     files: list[Path] = []
     gathered = 0
@@ -79,29 +92,32 @@ def make_tasks(sources: Sequence[Source]) -> Iterator[Task]:
         if files:
             yield Task(tuple(files), disk_bytes=gathered)
             files, gathered = [], 0
+        if source.kind == "table":
+            yield from _table_tasks(source, fields)
+            continue
         for lines, offset, on_disk in _line_blocks(source):
-            yield Task((source.path,), lines, offset, on_disk)
+            yield Task((source.path,), None, lines, offset, on_disk)
     if files:
         yield Task(tuple(files), disk_bytes=gathered)
 
 
-def _documents(task: Task, text_field: str) -> Iterator[str]:
+def _documents(task: Task, fields: Fields) -> Iterator[str]:
     if task.lines is None:
-        yield from map(read_text, task.files)
+        yield from map(read_text, task.files) if task.texts is None else task.texts
         return
     offset = task.offset
     for line in io.BytesIO(task.lines):
-        if line.strip():
-            yield parse_record(line, task.files[0], offset, text_field)
+        if line.strip() and (text := parse_record(line, task.files[0], offset, fields)) is not None:
+            yield text
         offset += len(line)
 
 
-def encode_task(tokenizer: Tokenizer, task: Task, text_field: str) -> Encoded:
+def encode_task(tokenizer: Tokenizer, task: Task, fields: Fields = ALL_RECORDS) -> Encoded:
     """Tokens of the task's documents; a document without any visible character is left out."""
     parts: list[numpy.ndarray] = []
     text_bytes = empty = 0
     dtype = token_dtype(tokenizer.vocab_size)
-    for text in _documents(task, text_field):
+    for text in _documents(task, fields):
         if not text.strip():
             empty += 1
             continue
@@ -119,12 +135,12 @@ def _start_worker() -> None:
 _loaded = cache(open_tokenizer)  # once per worker process
 
 
-def _run_task(task: Task, tokenizer_path: Path, text_field: str) -> Encoded:
-    return encode_task(_loaded(tokenizer_path), task, text_field)
+def _run_task(task: Task, tokenizer_path: Path, fields: Fields) -> Encoded:
+    return encode_task(_loaded(tokenizer_path), task, fields)
 
 
 def encode_corpus(
-    sources: Sequence[Source], tokenizer: Tokenizer, workers: int, text_field: str
+    sources: Sequence[Source], tokenizer: Tokenizer, workers: int, fields: Fields
 ) -> Generator[Encoded, None, None]:
     """Results in the order of the corpus, at most ``4 * workers`` tasks ahead of the consumer.
 
@@ -132,16 +148,16 @@ def encode_corpus(
 
     Raises: DataError for a file that cannot be read as text, or where a worker died.
     """
-    tasks = make_tasks(sources)
+    tasks = make_tasks(sources, fields)
     if workers == 1:
         for task in tasks:
-            yield encode_task(tokenizer, task, text_field)
+            yield encode_task(tokenizer, task, fields)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: deque[Future[Encoded]] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(_run_task, task, tokenizer.path, text_field))
+            waiting.append(pool.submit(_run_task, task, tokenizer.path, fields))
             if len(waiting) >= 4 * workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -10,6 +10,7 @@ versions hold.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def fingerprint(data: DataConfig, sequence_length: int, seed: int, cache_directo
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Leaves of a fingerprint by dotted name: ``train[0].weight``."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         pairs = [(f"{name}.{key}" if name else key, entry) for key, entry in value.items() if key not in INFORMATIVE]
     elif isinstance(value, list):
         pairs = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
@@ -85,7 +86,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: leaf for pair in pairs for key, leaf in _flat(pair[1], pair[0]).items()}
 
 
-def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def fingerprint_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each value that differs; empty where both describe the same data. Paths are not compared."""
     then, now = _flat(saved), _flat(current)
     if saved.get("version") == 1:  # by an earlier version, which did not read everything
@@ -108,7 +109,7 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
     ]
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], checkpoint: str | Path = "PATH") -> None:
+def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: str | Path = "PATH") -> None:
     """Refuse to go on with other data than those that ``checkpoint`` was trained on.
 
     Raises: DataError listing the differences.

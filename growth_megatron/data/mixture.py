@@ -9,9 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-from growth_megatron.config.schema import DataConfig, DatasetConfig
+from growth_megatron.config.schema import DataConfig, DatasetConfig, StageConfig
 from growth_megatron.config.units import format_count
 from growth_megatron.errors import DataError
 
@@ -58,7 +59,7 @@ class Draw:
 
 
 def draws(data: DataConfig, tokens: int) -> list[Draw]:
-    """What a run of ``tokens`` draws of each training dataset.  Raises: DataError where one is not there."""
+    """What ``tokens`` draw of each training dataset.  Raises: DataError where one is not there."""
     given = weights(data.train)
     sizes = [round(stored_tokens(entry.path) * (1 - data.validation_fraction)) for entry in data.train]
     return [
@@ -67,8 +68,22 @@ def draws(data: DataConfig, tokens: int) -> list[Draw]:
     ]
 
 
-def describe_draws(data: DataConfig, tokens: int) -> str:
-    """The same in one line."""
-    found = draws(data, tokens)
-    repeats = "; more than one epoch repeats text" if any(draw.epochs > 1 for draw in found) else ""
-    return "data: " + ", ".join(map(str, found)) + repeats
+def draws_of_stages(stages: Sequence[StageConfig]) -> list[tuple[list[str], list[Draw]]]:
+    """For stages in a row that go on in the same samples: their names, and what they draw together."""
+    found = []
+    for _, group in groupby(stages, key=lambda stage: stage.stream):
+        alike = list(group)
+        tokens = sum(stage.num_steps * stage.tokens_per_step for stage in alike)
+        found.append(([stage.name for stage in alike], draws(alike[0].data, tokens)))
+    return found
+
+
+def describe_draws(stages: Sequence[StageConfig]) -> str:
+    """The same in words, a line for each change of data."""
+    found = draws_of_stages(stages)
+    lines = []
+    for names, drawn in found:
+        of = f" of {', '.join(names)}" if len(found) > 1 else ""
+        repeats = "; more than one epoch repeats text" if any(draw.epochs > 1 for draw in drawn) else ""
+        lines.append(f"data{of}: {', '.join(map(str, drawn))}{repeats}")
+    return "\n".join(lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
@@ -45,6 +45,7 @@ class Description:
     sources: list[tuple[str, int]]  # path below the input, bytes on disk
     bin_sha256: str | None = None  # of PREFIX.bin; None: prepared by an earlier version
     largest_token: int | None = None
+    where: list[str] = field(default_factory=list)  # conditions on the records that were read
     format: int = FORMAT
 
     def write(self, path: Path) -> None:

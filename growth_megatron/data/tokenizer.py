@@ -16,6 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 from growth_megatron.data.corpus import Source, list_sources, read_documents
+from growth_megatron.data.records import ALL_RECORDS, Fields
 from growth_megatron.errors import DataError
 
 MAX_SENTENCE_BYTES = 1 << 14  # SentencePiece silently drops a longer line, so longer ones are cut
@@ -124,7 +125,7 @@ def _cut(line: str) -> Iterator[str]:
     yield line
 
 
-def sample_lines(sources: Sequence[Source], max_bytes: int, text_field: str = "text") -> list[str]:
+def sample_lines(sources: Sequence[Source], max_bytes: int, fields: Fields = ALL_RECORDS) -> list[str]:
     """Lines of the corpus, evenly thinned to about ``max_bytes`` of UTF-8; the same for the same corpus.
 
     Each time the bound is passed, every other line kept so far is dropped and from then on half as many are taken.
@@ -132,7 +133,7 @@ def sample_lines(sources: Sequence[Source], max_bytes: int, text_field: str = "t
     kept: list[str] = []
     kept_bytes, stride, seen = 0, 1, 0
     for source in sources:
-        for document in read_documents(source, text_field):
+        for document in read_documents(source, fields):
             for line in document.splitlines():
                 for sentence in _cut(line):
                     if not sentence.strip():
@@ -168,7 +169,7 @@ def train_tokenizer(
     vocab_size: int,
     *,
     max_bytes: int = 200_000_000,
-    text_field: str = "text",
+    fields: Fields = ALL_RECORDS,
     overwrite: bool = False,
 ) -> Tokenizer:
     """Train a BPE tokenizer of LLaMA's kind and write it to ``output``.
@@ -186,7 +187,7 @@ def train_tokenizer(
         raise DataError(f"{output} lies below a file; give another --output")
     if output.exists() and not overwrite:
         raise DataError(f"{output} exists already; give --overwrite to replace it or another --output")
-    lines = sample_lines(list_sources(inputs), max_bytes, text_field)
+    lines = sample_lines(list_sources(inputs), max_bytes, fields)
     if not lines:
         raise DataError(f"the corpus is empty: no text in {', '.join(map(str, inputs))}")
     model = io.BytesIO()

@@ -15,7 +15,7 @@ import torch
 
 from growth_megatron.checkpoint.origin import Origin, find_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig, layout_problems
 from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import ConfigError
@@ -90,11 +90,11 @@ def _layout(geometry: ModelConfig, tensor: int, pipeline: int) -> ParallelConfig
     world = collectives.world_size()
     if min(tensor, pipeline) < 1 or world % (tensor * pipeline):
         raise ConfigError(
-            f"{world} ranks do not divide into --tp {tensor} x --pp {pipeline}; give sizes from 1 whose product divides "
-            "the number of ranks, or start more (torchrun --nproc-per-node N -m growth_megatron ...)"
+            f"{world} ranks do not divide into --tp {tensor} x --pp {pipeline}; give sizes from 1 whose product "
+            "divides the number of ranks, or start more (torchrun --nproc-per-node N -m growth_megatron ...)"
         )
     parallel = ParallelConfig(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-    if problems := StageConfig.model_construct(model=geometry, parallel=parallel).layout_problems():
+    if problems := layout_problems(geometry, parallel):
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: " + "; ".join(text for _, text in problems))
     return parallel
 

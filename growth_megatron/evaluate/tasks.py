@@ -37,6 +37,9 @@ PAPER_TASKS = {
 LOCAL = "_local"
 """Ends the name of a paper's task whose documents are files: they are not always the official ones."""
 
+PAGES = "pages_local"
+"""What stands for Wikitext where documents are files: its measure over other pages."""
+
 _FEWSHOT_SEED = 1234  # lm-eval's own
 
 
@@ -59,15 +62,17 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, num_fewsh
     """
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"include path {include_path} is no folder; give one with lm-eval's task files (*.yaml)")
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task leaves as it is
     loaded: list[Any] = []
     collectives.on_rank_zero(lambda: loaded.append(_load(names, include_path, num_fewshot)))
     return collectives.on_all_ranks(lambda: loaded[0] if loaded else _load(names, include_path, num_fewshot))
 
 
 def _load(names: Sequence[str], include_path: Path | None, num_fewshot: int | None) -> Any:
+    import datasets
     from lm_eval.tasks import TaskManager  # seconds, and threads
 
+    datasets.disable_progress_bars()  # one a rank and file
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not all(name in manager.all_tasks or name in (GROUP, *PAPER_TASKS) or Path(name).is_file() for name in names):
         manager = TaskManager(include_path=include_path)
@@ -116,12 +121,12 @@ def _paper_tasks(manager: TaskManager) -> list[Any]:
     from lm_eval.api.group import Group
     from lm_eval.config.group import AggMetricConfig
 
-    local = [name + LOCAL for name in PAPER_TASKS if name + LOCAL in manager.all_tasks]
+    local = [name for name in (*(name + LOCAL for name in PAPER_TASKS), PAGES) if name in manager.all_tasks]
     group = Group(GROUP, aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=False)])
     others = []
     for name in local or PAPER_TASKS:
         (task,) = _built(manager, name)
-        if name.startswith("wikitext"):
+        if name in ("wikitext", PAGES):
             others.append(task)
         else:
             group.add(task)

@@ -18,7 +18,7 @@ BAND_STEPS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Counters of a run; ``step``, samples, tokens and flops count over all stages."""
+    """Counters of a run; ``step``, tokens and flops count over all stages."""
 
     step: int = 0
     stage: int = 0
@@ -29,6 +29,7 @@ class Counters:
     flops_6nd: float | None = 0.0
     """6 N D with all parameters, embeddings included; None after a checkpoint that did not count it."""
     skipped_samples: int = 0
+    """As ``consumed_samples`` of the data that the stage reads: both begin anew where a stage brings others."""
     skipped_steps: int = 0
     loss_mean: float = 0.0
     loss_deviation: float = 0.0
@@ -43,6 +44,13 @@ class Counters:
         """The counters that a checkpoint was saved with."""
         stored = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)}
         return cls(**{**stored, "flops_6nd": 0.0} if manifest.flops == 0 else stored)
+
+    def entering(self, config: RunConfig) -> Counters:
+        """At a stage's start: other samples than those of the stage before begin with their first."""
+        stage, before = config.stages[self.stage], config.stages[max(self.stage - 1, 0)]
+        if self.stage_step or stage.stream == before.stream:
+            return self
+        return dataclasses.replace(self, consumed_samples=0, skipped_samples=0)
 
     def after_step(self, stage: StageConfig) -> Counters:
         """The counters one optimizer step later."""

@@ -24,12 +24,12 @@ from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
-from growth_megatron.data.dataset import FiniteSource, SampleSource
 from growth_megatron.data.loader import BatchLoader, validation_batches
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.parallel import collectives
 from growth_megatron.train.counters import Counters
+from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Batch, Engine, StepResult
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
 from growth_megatron.train.health import RollBack, fault, highest_loss, stopping
@@ -55,11 +55,7 @@ class RunContext:
     metrics: Metrics
     stop: StopRequest
     watchdog: Watchdog
-    train_data: SampleSource
-    validation_data: FiniteSource | None
-    data_fingerprint: dict[str, object]
-    tokenizer_files: Mapping[str, bytes]
-    """What a checkpoint keeps of the tokenizer; on rank 0."""
+    data: RunData
     world_size: int
     evaluate_tasks: TaskEvaluation | None = None
     """What ``evaluation.tasks`` asks for."""
@@ -84,6 +80,7 @@ class StageLoop:
         self.context, self.engine, self.counters = context, engine, counters
         self.config = context.loaded.config
         self.stage: StageConfig = engine.stage
+        self._data = context.data.of(self.stage)
         self._lineage = start.lineage if start else ()
         self._branches = start.branches if start else ()
         self._pending: _Pending | None = None
@@ -105,7 +102,7 @@ class StageLoop:
         """Train to the stage's end, validate there and save. Returns False if stopped before it (and saved)."""
         training = self.stage.training
         loader = BatchLoader(
-            self.context.train_data,
+            self._data.train,
             training.micro_batch_size,
             training.global_batch_size,
             parallel_state.get_data_parallel_rank(),
@@ -356,7 +353,7 @@ class StageLoop:
         directory, settings = self.context.directory, self.config.checkpoint
         try:
             (pending.folder / "config.yaml").write_text(self.context.loaded.text, encoding="utf-8")
-            for name, content in self.context.tokenizer_files.items():
+            for name, content in self._data.tokenizer_files.items():
                 (pending.folder / name).write_bytes(content)
             path = directory.commit(pending.manifest, checksums=checksums)
         except OSError as error:
@@ -372,7 +369,7 @@ class StageLoop:
             geometry=self.stage.model,
             layout=self.stage.parallel,
             world_size=self.context.world_size,
-            data_fingerprint=dict(self.context.data_fingerprint),
+            data_fingerprint=dict(self._data.fingerprint),
             config_hash=self.context.loaded.hash,
             multipliers=dict(self.engine.multipliers),
             lineage=self._lineage,
@@ -381,11 +378,11 @@ class StageLoop:
         )
 
     def _validation_batches(self) -> list[Batch]:
-        if self.context.validation_data is None:
+        if self._data.validation is None:
             return []
         batches = list(
             validation_batches(
-                self.context.validation_data,
+                self._data.validation,
                 self.stage.training.micro_batch_size,
                 parallel_state.get_data_parallel_rank(),
                 parallel_state.get_data_parallel_world_size(),

@@ -26,7 +26,6 @@ import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
-from growth_megatron.checkpoint.huggingface.tokenizer import stored_tokenizer
 from growth_megatron.checkpoint.origin import checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
@@ -36,11 +35,8 @@ from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import EvaluationConfig, RunConfig
 from growth_megatron.config.units import format_bytes
-from growth_megatron.data.contents import check_contents
-from growth_megatron.data.dataset import InVocabulary, build_train_dataset, build_validation_dataset
-from growth_megatron.data.fingerprint import check_fingerprint, fingerprint
+from growth_megatron.data.fingerprint import check_fingerprint
 from growth_megatron.data.mixture import describe_draws
-from growth_megatron.data.prepared import check_data
 from growth_megatron.errors import (
     EXIT_FAULT,
     EXIT_NEXT_LAYOUT,
@@ -60,6 +56,7 @@ from growth_megatron.model.cost import flops_per_token
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.counters import Counters
+from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.health import RollBack
 from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
@@ -100,9 +97,11 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
         loggers: list[Metrics] = []
         collectives.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
         metrics = loggers[0] if loggers else metrics
-        context = _context(loaded, directory, metrics, stop, watchdog, world_size, choice)
+        data = RunData(config, directory.path, choice.path)
+        data.check(choice.manifest.stage if choice.manifest else 0)
+        context = RunContext(loaded, directory, metrics, stop, watchdog, data, world_size)
         if config.evaluation.tasks and prepare_tasks is not None:
-            tokenizer = config.data.tokenizer or choice.path
+            tokenizer = config.stages[0].data.tokenizer or choice.path
             tasks = prepare_tasks(config.evaluation, Path(tokenizer) if tokenizer else None)
             context = dataclasses.replace(context, evaluate_tasks=tasks)
         _rewind(context, choice)
@@ -175,10 +174,14 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
 
 def _counters(context: RunContext, manifest: Manifest | None) -> Counters:
     """Where the run stands: as its checkpoint says, past the samples that a rollback to it passes over."""
-    counters = Counters.of_manifest(manifest) if manifest else Counters()
+    counters = _stored_counters(context, manifest)
     records = collectives.on_rank_zero(partial(_recorded, context.directory.path, "event", counters.step))
     skipped = [record["skipped_samples"] for record in records if record["event"] == "rollback"]
     return dataclasses.replace(counters, skipped_samples=max([counters.skipped_samples, *skipped]))
+
+
+def _stored_counters(context: RunContext, manifest: Manifest | None) -> Counters:
+    return Counters.of_manifest(manifest).entering(context.loaded.config) if manifest else Counters()
 
 
 def _roll_back(context: RunContext, order: RollBack, rollbacks: Counter[int], stage: int) -> ResumeChoice:
@@ -189,7 +192,7 @@ def _roll_back(context: RunContext, order: RollBack, rollbacks: Counter[int], st
     settings = context.loaded.config.checkpoint
     mode = "must" if context.directory.checkpoints() else "auto" if settings.resume == "never" else settings.resume
     choice = collectives.on_rank_zero(lambda: choose_start(context.directory, settings, mode))
-    start = Counters.of_manifest(choice.manifest) if choice.manifest else Counters()
+    start = _stored_counters(context, choice.manifest)
     rollbacks[start.step] += 1
     if rollbacks[start.step] > context.loaded.config.stages[stage].training.non_finite_limit:
         raise GrowthMegatronError(
@@ -340,63 +343,25 @@ def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogge
     )
 
 
-def _context(
-    loaded: LoadedConfig,
-    directory: RunDirectory,
-    metrics: Metrics,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    world_size: int,
-    choice: ResumeChoice,
-) -> RunContext:
-    config = loaded.config
-    cache = Path(config.data.cache_directory or directory.path / "data_cache")
-    model = config.stages[0].model
-    collectives.on_all_ranks(lambda: check_data(config.data, model.vocab_size))
-    own = (*config.data.train, *config.data.validation)[collectives.rank() :: world_size]  # shared among the ranks
-    collectives.on_all_ranks(lambda: check_contents(own, model.vocab_size, cache))
-    train_data = collectives.on_all_ranks(
-        lambda: build_train_dataset(config.data, model.sequence_length, config.run.seed, cache)
-    )
-    validation = collectives.on_all_ranks(
-        lambda: build_validation_dataset(config.data, model.sequence_length, config.evaluation.samples, cache)
-    )
-    tokenizer = config.data.tokenizer or choice.path  # a checkpoint may hold one
-    kept: dict[str, bytes] = {}
-    if tokenizer is not None:
-        collectives.on_rank_zero(lambda: kept.update(stored_tokenizer(Path(tokenizer))))
-    return RunContext(
-        loaded,
-        directory,
-        metrics,
-        stop,
-        watchdog,
-        InVocabulary(train_data, model.vocab_size),
-        InVocabulary(validation, model.vocab_size) if validation is not None else None,
-        collectives.on_rank_zero(lambda: fingerprint(config.data, model.sequence_length, config.run.seed, cache)),
-        kept,
-        world_size,
-    )
-
-
 def _rewind(context: RunContext, choice: ResumeChoice) -> None:
     manifest = choice.manifest
     if manifest is None:
         collectives.on_rank_zero(partial(context.metrics.rewind, -1))
         return
-    if manifest.data_fingerprint is not None:
-        check_fingerprint(manifest.data_fingerprint, dict(context.data_fingerprint), choice.path or "PATH")
-    counters = Counters.of_manifest(manifest)
-    ends_stage = counters.ends_stage(context.loaded.config)
+    config = context.loaded.config
+    counters, stage = Counters.of_manifest(manifest), config.stages[manifest.stage]
+    begins = manifest.stage_step == 0 and manifest.stage > 0 and stage.data != config.stages[manifest.stage - 1].data
+    if manifest.data_fingerprint is not None and not (begins or counters.entering(config) != counters):
+        check_fingerprint(manifest.data_fingerprint, context.data.of(stage).fingerprint, choice.path or "PATH")
+    ends_stage = counters.ends_stage(config)
     collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
 
 
 def _say_start(context: RunContext, choice: ResumeChoice) -> None:
     """What is drawn of the data, and of which run this one is a branch."""
     config = context.loaded.config
-    tokens = sum(stage.num_steps * stage.tokens_per_step for stage in config.stages)
     step = choice.manifest.step if choice.manifest else 0
-    context.metrics.log("event", step=step, event="data", message=describe_draws(config.data, tokens))
+    context.metrics.log("event", step=step, event="data", message=describe_draws(config.stages))
     new = choice.manifest.branches[-1:] if choice.manifest else ()
     if choice.path is not None and any(branch.source == str(choice.path.resolve()) for branch in new):
         data = "its data go on" if config.checkpoint.data == "same" else "other data begin"

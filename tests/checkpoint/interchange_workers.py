@@ -24,7 +24,7 @@ def train_after_validation(runs: list[dict[str, Any]]) -> list[int]:
     real = StageLoop.run
 
     def run(self: StageLoop) -> bool | RollBack:
-        loss, data = self.validate(), self.context.validation_data
+        loss, data = self.validate(), self.context.data.of(self.stage).validation
         assert data is not None
         samples = [{name: data[i][name].tolist() for name in ("tokens", "labels")} for i in range(len(data))]
         path = Path(self.context.loaded.config.run.directory) / FIRST_VALIDATION

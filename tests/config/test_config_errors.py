@@ -104,7 +104,7 @@ WRONG = {
     ),
     "growth at the top level": ("run:", "growth: {operator: stack}\nrun:", "1: growth", "in an entry of stages"),
     "shared section in a stage": (
-        "- name: base", "- name: base\n    data: {}", "24: stages.base.data", "move it to the top level",
+        "- name: base", "- name: base\n    logging: {}", "24: stages.base.logging", "move it to the top level",
     ),
     "same name twice": ("- name: grown", "- name: base", "24: stages.base.name", "give each stage its own"),
     "grown to fewer layers": ("num_layers: 16", "num_layers: 2", "26: stages.grown.model.num_layers", "those to keep"),
@@ -127,9 +127,13 @@ WRONG = {
         "sequence_length: 128", "sequence_length: 128\n  max_position_embeddings: 64",
         "11: model.sequence_length", "lower it, or raise that too",
     ),
-    "another sequence length": (
-        "num_layers: 16", "num_layers: 16\n      sequence_length: 256",
-        "27: stages.grown.model.sequence_length", "set it once, at the top level",
+    "another vocabulary": (
+        "num_layers: 16", "num_layers: 16\n      vocab_size: 501",
+        "27: stages.grown.model.vocab_size", "set it once, at the top level",
+    ),
+    "another tokenizer": (
+        "num_layers: 16", "num_layers: 16\n    data: {tokenizer: other.model}",
+        "27: stages.grown.data.tokenizer", "set it once, at the top level",
     ),
     "misspelt resume": (
         "  seed: 7", "  seed: 7\ncheckpoint:\n  resume: atuo", "5: checkpoint.resume", "did you mean auto?",

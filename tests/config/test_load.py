@@ -110,7 +110,7 @@ def test_override_makes_sections_and_list_entries(write, valid):
     config = load_config(write(valid), overrides).config
     assert config.logging.wandb is not None
     assert config.logging.wandb.project == "p"
-    assert config.data.train[0].weight == 2
+    assert config.stages[0].data.train[0].weight == 2
     assert config.checkpoint.resume == "must"
 
 

@@ -14,10 +14,12 @@ import yaml
 from growth_megatron.__main__ import main
 from growth_megatron.config.schema import DataConfig
 from growth_megatron.data.dataset import build_train_dataset, build_validation_dataset
-from growth_megatron.data.mixture import describe_draws, draws, stored_tokens
+from growth_megatron.data.mixture import describe_draws, draws, draws_of_stages, stored_tokens
 from growth_megatron.data.prepared import open_indexed
 from growth_megatron.errors import EXIT_OK, DataError
+from growth_megatron.growth.configuration import load_config
 from tests.command_line import run_command
+from tests.workers import stage_of
 
 Prepare = Callable[[int, int], str]
 
@@ -59,8 +61,19 @@ def test_draws_add_up(prepare: Prepare) -> None:
     assert large.share + small.share == pytest.approx(1)
     assert large.epochs == pytest.approx(small.epochs, rel=1e-3)
     assert sum(draw.tokens * draw.epochs for draw in (large, small)) == pytest.approx(100_000)
-    assert describe_draws(data, 100_000).endswith("; more than one epoch repeats text")
-    assert "repeats" not in describe_draws(data, 1000)
+    stage = stage_of({}).model_copy(update={"data": data})
+    long = stage.model_copy(update={"training": stage.training.model_copy(update={"steps": 1000})})
+    assert describe_draws([long]).endswith("; more than one epoch repeats text")
+    assert "repeats" not in describe_draws([stage])
+
+
+def test_draws_of_stages_that_read_the_same_are_one(prepare: Prepare) -> None:
+    stage = stage_of({}).model_copy(update={"data": _blend(prepare)})
+    longer = stage.model_copy(update={"model": stage.model.model_copy(update={"sequence_length": 64}), "name": "c"})
+    (names, drawn), (others, more) = draws_of_stages([stage, stage.model_copy(update={"name": "b"}), longer])
+    assert (names, others) == (["test", "b"], ["c"])
+    assert [draw.epochs for draw in drawn] == pytest.approx([draw.epochs for draw in more])  # twice as long
+    assert describe_draws([stage, longer]).splitlines()[1].startswith("data of c: ")
 
 
 def test_plan_and_the_start_of_a_run_say_what_is_drawn(
@@ -71,7 +84,7 @@ def test_plan_and_the_start_of_a_run_say_what_is_drawn(
     content["schedule"]["warmup_steps"] = 0
     growing_config.write_text(yaml.safe_dump(content))
     prefix = content["data"]["train"][0]["path"]
-    text = describe_draws(DataConfig.model_validate(content["data"]), 8 * 32)
+    text = describe_draws(load_config(growing_config).config.stages)
     assert text.startswith(f"data: {prefix} 100.0% (")
     assert main(["plan", str(growing_config)]) == EXIT_OK
     assert text in capsys.readouterr().out

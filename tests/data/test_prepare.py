@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -13,8 +14,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from growth_megatron.data.corpus import list_sources
 from growth_megatron.data.encode import make_tasks
-from growth_megatron.data.prepare import prepare_data
+from growth_megatron.data.prepare import merge_data, prepare_data
 from growth_megatron.data.prepared import read_description
+from growth_megatron.data.records import Fields
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 from tests.data.conftest import make_documents, write_jsonl
@@ -118,7 +120,7 @@ def test_output_that_cannot_be_written(corpus: Path, tokenizer: Tokenizer, tmp_p
 
 def test_a_field_other_than_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "the people"}) + "\n")
-    run(tmp_path / "a.jsonl", tokenizer, tmp_path / "a", text_field="body")
+    run(tmp_path / "a.jsonl", tokenizer, tmp_path / "a", fields=Fields("body"))
     dataset = IndexedDataset(str(tmp_path / "a"))  # held: its rows are views that die with it
     assert tokenizer.decode(dataset[0][:-1]) == "the people"
 
@@ -145,3 +147,59 @@ def test_progress_is_a_bar_on_a_terminal(corpus: Path, tokenizer: Tokenizer, tmp
     prepare_data([corpus], tokenizer.path, tmp_path / "a", 1, progress_stream=stream)
     assert "100%" in stream.getvalue()
     assert "\x1b[" in stream.getvalue()
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """Five files of lines."""
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for number in range(5):
+        write_jsonl(folder / f"{number}.jsonl", make_documents(4, seed=number))
+    return folder
+
+
+def test_shards_hold_every_document_once_and_merge(several: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for number in (1, 2):
+        run(several, tokenizer, tmp_path / "a", shard=(number, 2))
+    run(several, tokenizer, tmp_path / "whole")
+    shards = [tmp_path / "a_1of2", tmp_path / "a_2of2"]
+    assert [len(IndexedDataset(str(prefix))) for prefix in shards] == [12, 8]
+    merged = merge_data(shards, tmp_path / "merged").outputs[tmp_path / "merged"]
+    whole, description = IndexedDataset(str(tmp_path / "whole")), read_description(tmp_path / "whole")
+    found = IndexedDataset(str(tmp_path / "merged"))
+    order = [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 4, 5, 6, 7, 12, 13, 14, 15]  # files 0, 2, 4, then 1, 3
+    assert [row.tolist() for row in found[0:20]] == [whole[number].tolist() for number in order]
+    assert found.document_indices.tolist() == whole.document_indices.tolist()
+    assert description is not None
+    assert (merged.tokens, merged.text_bytes) == (description.tokens, description.text_bytes)
+    assert merged.bin_sha256 == hashlib.sha256((tmp_path / "merged.bin").read_bytes()).hexdigest()
+
+
+def test_a_shard_that_is_there_is_left_alone_and_one_of_other_text_is_refused(
+    several: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    run(several, tokenizer, tmp_path / "a", shard=(1, 2))
+    before = (tmp_path / "a_1of2.bin").stat().st_mtime_ns
+    assert run(several, tokenizer, tmp_path / "a", shard=(1, 2)).seconds == 0
+    assert (tmp_path / "a_1of2.bin").stat().st_mtime_ns == before
+    write_jsonl(several / "0.jsonl", make_documents(9, seed=8))
+    with pytest.raises(DataError, match="exists already"):
+        run(several, tokenizer, tmp_path / "a", shard=(1, 2))
+
+
+def test_shards_that_cannot_be(several: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--shard 3/2 .*count them from 1"):
+        run(several, tokenizer, tmp_path / "a", shard=(3, 2))
+    with pytest.raises(DataError, match="use at most 5 shards"):
+        run(several, tokenizer, tmp_path / "a", shard=(1, 6))
+
+
+def test_a_damaged_part_is_not_merged(several: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run(several, tokenizer, tmp_path / "a")
+    content = bytearray((tmp_path / "a.bin").read_bytes())
+    content[7] ^= 1
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(DataError, match="does not have the checksum"):
+        merge_data([tmp_path / "a"], tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))

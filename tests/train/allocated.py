@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schema import (
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from growth_megatron.model.cost import head_saved_bytes, layer_saved_bytes, rank_memory
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
@@ -28,6 +36,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 def stage(tensor: int, pipeline: int, chunks: int, precision: str, recompute: str, tied: bool) -> StageConfig:
     return StageConfig(
         name="a",
+        data=DataConfig(train=(DatasetConfig(path="none"),)),
         model=ModelConfig(
             num_layers=LAYERS, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=160,
             vocab_size=500, sequence_length=SEQUENCE, tie_embeddings=tied,

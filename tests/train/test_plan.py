@@ -11,7 +11,15 @@ import pytest
 from rich.console import Console
 
 from growth_megatron.commands.plan_tables import print_plan, render_plan
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schema import (
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from growth_megatron.errors import ConfigError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import (
@@ -53,7 +61,8 @@ def _stage(
     )
     layout = ParallelConfig.model_validate(parallel)
     schedule = ScheduleConfig(learning_rate=1e-3)
-    return StageConfig(name="a", model=model, parallel=layout, schedule=schedule, training=training)
+    data = DataConfig(train=(DatasetConfig(path="none"),))
+    return StageConfig(name="a", model=model, parallel=layout, schedule=schedule, training=training, data=data)
 
 
 # One layer: q 64, k and v 64, o 64, gate, up and down 384, two norms 16 = 592. Vocabulary 32 x 8 = 256, twice.
