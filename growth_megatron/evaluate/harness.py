@@ -32,6 +32,7 @@ from growth_megatron.parallel import collectives
 A = TypeVar("A")
 B = TypeVar("B")
 
+_FEWSHOT_SEED = 1234  # lm-eval's own
 _LINE_INTERVAL_S = 30.0  # of the bar where it is no terminal's
 _GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
@@ -189,6 +190,8 @@ def run_harness(lm: DistributedLM, loaded: Any, *, limit: float | None = None, e
     """
     from lm_eval.evaluator import evaluate  # loads datasets, and starts threads
 
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # what draws the examples goes on from one run to the next
     with _quiet_harness():
         found: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000 if errors else 0)
     return found

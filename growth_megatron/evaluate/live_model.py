@@ -19,7 +19,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from growth_megatron.config.schema import ModelConfig, ParallelConfig
 
@@ -81,8 +80,10 @@ class LiveModel:
         def read(logits: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
             ends = torch.tensor([len(rows[number]) - 1 for number in numbers], device=logits.device)
             last = logits[torch.arange(len(numbers), device=logits.device), ends].float()  # [rows, v / TP]
-            whole = gather_from_tensor_model_parallel_region(last)[:, : self._geometry.vocab_size]
-            return choose(whole, numbers)[:, None]
+            group = parallel_state.get_tensor_model_parallel_group()
+            parts = [torch.empty_like(last) for _ in range(group.size())]
+            dist.all_gather(parts, last, group=group)
+            return choose(torch.cat(parts, dim=1)[:, : self._geometry.vocab_size], numbers)[:, None]
 
         return [int(token) for (token,) in self._over(rows, 1, read, ignore).tolist()]
 

@@ -40,8 +40,6 @@ LOCAL = "_local"
 PAGES = "pages_local"
 """What stands for Wikitext where documents are files: its measure over other pages."""
 
-_FEWSHOT_SEED = 1234  # lm-eval's own
-
 
 def definitions() -> Path:
     """Folder of lm-eval's own tasks."""
@@ -88,7 +86,6 @@ def _load(names: Sequence[str], include_path: Path | None, num_fewshot: int | No
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return loaded
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from growth_megatron.commands.export_hf import export_hf
+from growth_megatron.__main__ import main
 from tests.conftest import write_growing_config
 from tests.evaluate.small_tasks import NAMES, write_tasks
 from tests.ranks import run_ranks
@@ -21,11 +21,12 @@ TWO: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2, "batch_tokens": 64},
 
 @pytest.fixture(scope="module")
 def folder(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained ``run``, its export ``hf`` and ``tasks``."""
+    """A folder with a ``run`` whose vocabulary is padded, its export ``hf`` and ``tasks``."""
     folder = tmp_path_factory.mktemp("evaluated")
     config = write_growing_config(folder, prepared_corpus)
-    assert run_ranks("tests.workers:train_all", 1, {"runs": [{"config": str(config)}]}) == [[0]]
-    export_hf(str(folder / "run"), folder / "hf")
+    overrides = ["stages.base.training.steps=2", "stages.grown.training.steps=2", "model.init_std=0.1"]
+    assert run_ranks("tests.workers:train_all", 1, {"runs": [{"config": str(config), "overrides": overrides}]}) == [[0]]
+    assert main(["export-hf", str(folder / "run"), str(folder / "hf")]) == 0
     write_tasks(folder / "tasks")
     return folder
 
@@ -39,7 +40,7 @@ def theirs(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[Any]:
-    """Of one rank: the run, the run with examples, its export as a Hugging Face folder."""
+    """Of one rank: the checkpoint, the same with examples, its export as a Hugging Face folder."""
     return evaluate(folder, 1, [{}, FEWSHOT], f"hf:{folder / 'hf'}")[0]
 
 

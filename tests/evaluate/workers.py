@@ -33,7 +33,6 @@ def evaluate_all(cases: list[dict[str, Any]], tasks: str, names: list[str]) -> l
         shots = case.pop("num_fewshot", 0)
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
-            task.set_fewshot_seed(seed=1)
         origin = find_origin(case.pop("checkpoint"))
         lm = DistributedLM(open_model(origin, **case), find_tokenizer(origin, None))
         results.append(answers_of(run_harness(lm, loaded)))
