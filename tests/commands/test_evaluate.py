@@ -52,7 +52,11 @@ def test_of_a_hugging_face_folder_nothing_is_added_anywhere(
     before = (run / "metrics.jsonl").read_bytes(), sorted(small_folder.iterdir())
     tasks = ["--tasks", str(run.parent / "tasks" / "small_word.yaml"), "--limit", "0.5"]
     assert main(["evaluate", f"hf:{small_folder}", *tasks]) == EXIT_OK
-    assert "small_word" in capsys.readouterr().out
+    in_fp32 = float(capsys.readouterr().out.splitlines()[1].split()[-2])
+    assert main(["evaluate", f"hf:{small_folder}", *tasks, "--precision", "bf16"]) == EXIT_OK
+    in_bf16 = float(capsys.readouterr().out.splitlines()[1].split()[-2])
+    assert in_bf16 == pytest.approx(in_fp32, rel=0.05)
+    assert in_bf16 != in_fp32
     assert before == ((run / "metrics.jsonl").read_bytes(), sorted(small_folder.iterdir()))
 
 
