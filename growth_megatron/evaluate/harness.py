@@ -14,7 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, TypeVar
 
 import tqdm
@@ -192,22 +192,22 @@ def run_harness(lm: DistributedLM, loaded: Any, *, limit: float | None = None, e
 
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # what draws the examples goes on from one run to the next
-    with _quiet_harness():
+    # What resamples prints that it does; a console that is live meanwhile is left its standard output.
+    with _quiet_harness(), redirect_stdout(io.StringIO()) if errors else nullcontext():
         found: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000 if errors else 0)
     return found
 
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Without the harness's own bars and prints, one a task and rank; and its resampling starts no processes."""
+    """Without the harness's own bars, one a task and rank; and its resampling starts no processes."""
     from lm_eval.api import task
 
     bar = task.tqdm
     task.tqdm = functools.partial(bar, disable=True)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
-        with redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
         task.tqdm = bar
 

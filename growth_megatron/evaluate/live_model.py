@@ -92,7 +92,7 @@ class LiveModel:
         result = torch.empty(len(rows), width, dtype=torch.float64)
         order = sorted(range(len(rows)), key=lambda number: (-len(rows[number]), number))
         while order:
-            fit = self._micro_batches * max(1, self._batch_tokens // len(rows[order[0]]))
+            fit = self._micro_batches * max(1, self._batch_tokens // max(1, len(rows[order[0]])))
             batch, order = order[:fit], order[fit:]
             result[batch] = self._forward([rows[number] for number in batch], batch, width, read).cpu()
             done(len(batch))
@@ -103,7 +103,8 @@ class LiveModel:
         """One pass of the schedule over ``rows``, the longest first; its results on every pipeline stage."""
         size = -(-len(rows) // min(len(rows), self._micro_batches))
         count = -(-len(rows) // (size * self._unit)) * self._unit
-        length = -(-len(rows[0]) // self._divisor) * self._divisor
+        # a row of which nothing is asked may be empty
+        length = -(-max(1, len(rows[0])) // self._divisor) * self._divisor
         tokens = torch.zeros(count * size, length, dtype=torch.int64)
         for line, row in zip(tokens, rows, strict=False):
             line[: len(row)] = torch.tensor(row)

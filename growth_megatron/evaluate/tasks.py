@@ -74,7 +74,11 @@ def _load(names: Sequence[str], include_path: Path | None, num_fewshot: int | No
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not all(name in manager.all_tasks or name in (GROUP, *PAPER_TASKS) or Path(name).is_file() for name in names):
         manager = TaskManager(include_path=include_path)
-    loaded = manager.load([item for name in names for item in _built(manager, name)])
+    built = [item for name in names for item in _built(manager, name)]
+    try:
+        loaded = manager.load(built)
+    except ValueError as error:  # a task by itself and in a group
+        raise ConfigError(f"{error}; name each task once, by itself or in a group") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ConfigError(

@@ -137,6 +137,14 @@ def test_documents_that_cannot_be_had_are_an_error_with_a_way_out(
         load_tasks(["gone"], tmp_path)
 
 
+def test_a_task_that_is_named_by_itself_and_in_a_group_is_refused(tool: Any, tmp_path: Path) -> None:
+    from growth_megatron.evaluate.tasks import load_tasks
+
+    folder = fetch(tool, tmp_path)
+    with pytest.raises(ConfigError, match=r"'piqa_local': found in both .*name each task once"):
+        load_tasks(["growth_paper", "piqa_local"], folder)
+
+
 def test_a_name_that_is_no_task_is_refused_with_what_was_meant(tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 

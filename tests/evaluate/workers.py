@@ -66,3 +66,14 @@ def train_with_tasks(runs: list[dict[str, Any]]) -> list[int]:
     from growth_megatron.train.stages import train
 
     return [train(load_config(run["config"], run["overrides"]), prepare_tasks) for run in runs]
+
+
+def score_in_batches(folder: str) -> list[list[tuple[float, bool]]]:
+    """Scores of six rows, one of them empty and one ended by the greedy token, at several batch sizes."""
+    import torch
+
+    origin = find_origin(folder)
+    rows = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16, 17], [], [3, 4], [30, 31]]
+    (greedy,) = open_model(origin).next_tokens([rows[5]], lambda logits, _: torch.argmax(logits, dim=1))
+    endings = [[20, 21], [22], [23, 24, 25], [], [26, 27], [greedy]]
+    return [open_model(origin, batch_tokens=tokens).score(rows, endings) for tokens in (1, 9, 20, 4096)]
