@@ -182,11 +182,11 @@ class _Wanted:
 
 
 def run_harness(lm: DistributedLM, loaded: Any, *, limit: float | None = None, errors: bool = True) -> dict[str, Any]:
-    """What lm-eval makes of the tasks ``loaded``, with every document (``samples``); the same on every rank.
+    """What lm-eval makes of the tasks ``loaded``, with every document (``samples``); the same figures on every rank.
 
     Args:
         limit: documents of each task, or a share of them below 1.
-        errors: whether standard errors are estimated, some by resampling, which takes seconds.
+        errors: whether rank 0 estimates standard errors too, some by resampling, which takes seconds.
     """
     from lm_eval.evaluator import evaluate  # loads datasets, and starts threads
 
@@ -194,7 +194,8 @@ def run_harness(lm: DistributedLM, loaded: Any, *, limit: float | None = None, e
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # what draws the examples goes on from one run to the next
     # What resamples prints that it does; a console that is live meanwhile is left its standard output.
     with _quiet_harness(), redirect_stdout(io.StringIO()) if errors else nullcontext():
-        found: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000 if errors else 0)
+        draws = 1000 if errors and collectives.rank() == 0 else 0
+        found: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=draws)
     return found
 
 
