@@ -26,6 +26,7 @@ EXTRAS = {
         "safetensors",
         "transformers>=4.45",
         "accelerate",  # of lm-eval's model for Hugging Face folders, which evaluation is compared with
+        "gguf",
     ],
 }
 

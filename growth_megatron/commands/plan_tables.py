@@ -46,7 +46,8 @@ def _tables(plan: RunPlan, style: box.Box) -> RenderableType:
     parts: list[RenderableType] = [_cost_table(plan, style), _layout_table(plan, style), _memory_table(plan, style)]
     for stage in plan.stages:
         grown = f" Grown by {stage.grown_by}." if stage.grown_by else ""
-        parts.append(Text(_worst_line(stage) + grown, style="bold"))
+        groups = f" {stage.groups[0].upper()}{stage.groups[1:]}." if stage.groups else ""
+        parts.append(Text(_worst_line(stage) + grown + groups, style="bold"))
     return Group(*parts, *(Text(note, style="dim") for note in notes))
 
 

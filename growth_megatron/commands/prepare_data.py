@@ -16,7 +16,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "prepare-data",
         "growth-megatron prepare-data data/train --tokenizer data/tokenizer.model --output data/train_8k",
         "growth-megatron prepare-data corpus.jsonl.zst --tokenizer t.model --output data/c --validation-every 100",
-        "growth-megatron prepare-data slimpajama/ --tokenizer t.model --output data/s --shard 1/64   # to 64/64",
+        "growth-megatron prepare-data slimpajama/ --tokenizer t.model --output data/s --shard 1/64",
         "growth-megatron prepare-data --merge data/s_*of64.idx --output data/s",
         "growth-megatron prepare-data slimpajama/ --tokenizer t.model --output data/s "
         "--where meta.redpajama_set_name!=RedPajamaGithub",

@@ -193,6 +193,14 @@ class DataConfig(Section):
         return self
 
 
+class NewParametersConfig(Section):
+    """How parameters that the stage's growth has added are trained; others go by the sections as they stand."""
+
+    learning_rate_multiplier: PositiveFloat = 1.0
+    warmup_steps: NonNegativeInt = Field(0, description="a warm-up of their own, of the stage's first steps")
+    weight_decay: NonNegativeFloat | None = Field(None, description="default: optimizer.weight_decay")
+
+
 class OptimizerConfig(Section):
     """AdamW, sharded over data-parallel ranks (Megatron's DistributedOptimizer, always)."""
 
@@ -201,6 +209,25 @@ class OptimizerConfig(Section):
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_grad: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
+    new_parameters: NewParametersConfig = NewParametersConfig()
+    train_only: Literal["all", "new"] = Field("all", description="new: only what the stage's growth has added")
+    train_only_steps: PositiveInt | None = Field(
+        None, description="steps of the stage after which all are trained; default: never"
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="tensors that are not trained, as in [embedding.*, decoder.layers.0.*]"
+    )
+
+    @model_validator(mode="after")
+    def _only_new(self) -> Self:
+        if self.train_only_steps is not None and self.train_only == "all":
+            refuse([("train_only_steps", "needs train_only: new; set that, or leave this out")])
+        return self
+
+    @property
+    def tells_new_apart(self) -> bool:
+        """Whether new parameters are trained otherwise than old ones."""
+        return self.train_only == "new" or self.new_parameters != NewParametersConfig()
 
 
 class ScheduleConfig(Section):

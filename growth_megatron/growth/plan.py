@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Multipliers
+from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, Multipliers
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
@@ -101,6 +101,14 @@ def plan_of_record(record: GrowthRecord) -> GrowthPlan:
     if choose(growth).depth is None:
         growth = growth.model_copy(update={"layers": None})
     return plan_growth(record.source_geometry, record.target_geometry, growth, record.seed)
+
+
+def stage_growth(manifest: Manifest | None) -> GrowthPlan | None:
+    """The growth that the stage of a checkpoint began with; None where it began with none."""
+    if manifest is None or not manifest.lineage:
+        return None
+    record = manifest.lineage[-1]
+    return plan_of_record(record) if record.step == manifest.step - manifest.stage_step else None
 
 
 def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:

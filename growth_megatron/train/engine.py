@@ -36,6 +36,7 @@ from growth_megatron.checkpoint.folder.manifest import Multipliers
 from growth_megatron.checkpoint.torch_dist.live_model import FORMAT
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import (
     EPSILON,
+    LEARNING_RATE,
     check_multipliers,
     group_overrides,
 )
@@ -43,6 +44,7 @@ from growth_megatron.config.schema import StageConfig
 from growth_megatron.growth.live import LiveMap
 from growth_megatron.model.architecture import row_of, without_layer_number
 from growth_megatron.model.llama import build_model_chunks
+from growth_megatron.train.parameter_groups import ParameterGroups
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,6 +60,8 @@ class StepResult:
     """Whether the update was made."""
     failed: bool = False
     """Whether a rank said so."""
+    norms: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of weights, gradients and updates of old and new parameters, where they were asked for."""
 
 
 class Engine:
@@ -66,7 +70,9 @@ class Engine:
     def __init__(self, stage: StageConfig, multipliers: Mapping[str, Multipliers] = MappingProxyType({})) -> None:
         """``multipliers``: as in a manifest, by model key with the layer number written ``*``.
 
-        A grown run follows its source by them as long as clip_grad has no effect: the gradients' norm is another.
+        A grown run follows its source by them. The norm that is clipped is the source's: a weight in c copies of a
+        times itself has gradients 1 / (a c) of the source's, a times its learning rate and 1 / (a c) of its epsilon,
+        and c (g / (a c))^2 times a / (1 / (a c)) is g^2.
 
         Raises: CheckpointError if one is of no tensor of the model.
         """
@@ -79,6 +85,8 @@ class Engine:
         self._epsilon_multipliers: list[float] = []
         self.live: LiveMap | None = None
         """Between the parameters as they are trained and saved and as the modules use them; None: there is one kind."""
+        self.groups: ParameterGroups | None = None
+        """Parameters that are trained otherwise than others; None: there are none."""
 
     def finish(self) -> None:
         """Wrap the models and build the optimizer: after initial weights are in, since it copies its masters here."""
@@ -144,7 +152,7 @@ class Engine:
         """
         config = self.models[0].config
         config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
-        self.models, self.wrapped, self._optimizer, self.live = [], [], None, None
+        self.models, self.wrapped, self._optimizer, self.live, self.groups = [], [], None, None, None
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -173,11 +181,13 @@ class Engine:
         failed: bool = False,
         highest_loss: float = math.inf,
         stage_step: int = 0,
+        measures: bool = False,
     ) -> StepResult:
         """One update from this rank's micro-batches.
 
         It is not made where the loss is above ``highest_loss``, or it or the gradient's norm are not finite.
-        ``stage_step`` is the number of steps that the stage has made, by which a live map goes.
+        ``stage_step`` is the number of steps that the stage has made, by which a live map and parameter groups go;
+        ``measures`` asks for the norms of old and new parameters.
         ``stop_requested`` and ``failed`` (this rank has no batches; it was given some to take part) of any rank come
         back on all of them, so that all leave at the same step.
         """
@@ -195,23 +205,39 @@ class Engine:
         loss, stop, failed = _world_mean_loss(sums, stop_requested, failed)
         if failed or not math.isfinite(loss) or loss > highest_loss:
             return StepResult(loss, math.nan, stop, taken=False, failed=failed)
-        grad_norm = self._update(learning_rate)
-        return StepResult(loss, grad_norm, stop, taken=math.isfinite(grad_norm))
+        grad_norm = self._update(learning_rate, stage_step, measures)
+        norms = dict(self.groups.figures) if self.groups is not None else {}
+        return StepResult(loss, grad_norm, stop, taken=math.isfinite(grad_norm), norms=norms)
 
     @torch.no_grad()
-    def _update(self, learning_rate: float) -> float:
+    def _update(self, learning_rate: float, stage_step: int, measures: bool) -> float:
         """``ChainedOptimizer.step`` with a look between its parts; returns the gradient's norm."""
         self.set_optimizer_settings(learning_rate)
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        if self.groups is not None:
+            self.groups.begin(stage_step, measures)
+        grad_norm = self._source_grad_norm() if self.multipliers else float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             return grad_norm
-        for optimizer in self._own_optimizers():
+        for optimizer in self.own_optimizers():
             clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
-    def _own_optimizers(self) -> list[MegatronOptimizer]:
+    def _source_grad_norm(self) -> float:
+        """The norm of the gradient that the ungrown run would have, over all ranks; see ``__init__``."""
+        total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        for part in self.own_optimizers():
+            counted = {id(grad) for grad in part.get_main_grads_for_grad_norm()}
+            for group in part.param_groups:
+                weight = group.get(LEARNING_RATE, 1.0) / group.get(EPSILON, 1.0)
+                for param in group["params"]:
+                    if id(param.grad) in counted:
+                        total += weight * torch.linalg.vector_norm(param.grad, dtype=torch.float64) ** 2
+        dist.all_reduce(total)
+        return math.sqrt(float(total))
+
+    def own_optimizers(self) -> list[MegatronOptimizer]:
         """Those that hold anything on this rank."""
         chained: list[MegatronOptimizer] = self.optimizer.chained_optimizers
         return [part for part in chained if not part.is_stub_optimizer and part.get_parameters()]
@@ -220,7 +246,7 @@ class Engine:
     def is_finite(self) -> bool:
         """Whether all weights, masters and moments of this rank are."""
         tensors = [param for model in self.models for param in model.parameters()]
-        for optimizer in self._own_optimizers():
+        for optimizer in self.own_optimizers():
             tensors += [param for group in optimizer.param_groups for param in group["params"]]
             tensors += [value for state in optimizer.optimizer.state.values() for value in state.values()]
         ends = [end.float() for tensor in tensors if tensor.numel() for end in tensor.aminmax()]

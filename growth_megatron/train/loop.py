@@ -180,8 +180,15 @@ class StageLoop:
         rate = learning_rate(self.stage.schedule, position, total)
         bound = highest_loss(self.counters, self.stage.training)
         self.context.watchdog.alive(step=self.counters.step)
+        every = self.config.logging.interval_steps
         result = self.engine.train_step(
-            batches, rate, self.context.stop.requested, error is not None, bound, self.counters.stage_step
+            batches,
+            rate,
+            self.context.stop.requested,
+            error is not None,
+            bound,
+            self.counters.stage_step,
+            measures=(self.counters.step + 1) % every == 0,
         )
         if result.failed:
             collectives.on_all_ranks(partial(_raise, error))
@@ -194,8 +201,8 @@ class StageLoop:
             self._not_taken(result, bound)
             if self._rollback:
                 return False
-        if self._due(self.config.logging.interval_steps):
-            self._report(result.loss, result.grad_norm, rate)
+        if self._due(every):
+            self._report(result, rate)
         else:
             self.context.metrics.progress(self.counters.step, self.stage.name)
         if self._due(self.config.evaluation.interval_steps):
@@ -237,7 +244,7 @@ class StageLoop:
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.counters.step % interval == 0
 
-    def _report(self, loss: float, grad_norm: float, rate: float) -> None:
+    def _report(self, result: StepResult, rate: float) -> None:
         now = time.perf_counter()
         seconds, data_s = (now - self._window_start) / self._window_steps, self._window_data_s / self._window_steps
         self._window_start, self._window_steps, self._window_data_s = now, 0, 0.0  # what follows is part of the next
@@ -253,9 +260,10 @@ class StageLoop:
             consumed_samples=self.counters.consumed_samples,
             flops=self.counters.flops,
             flops_6nd=self.counters.flops_6nd,
-            loss=loss,
-            grad_norm=grad_norm,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
             learning_rate=rate,
+            **result.norms,
             tokens_per_s=tokens_per_s,
             tflops_per_s=flops_per_s / 1e12,
             mfu=mfu(flops_per_s, peak),

@@ -15,6 +15,7 @@ from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
+from growth_megatron.growth.new_parts import describe_groups
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.ramps import describe_ramps, mask_ramps
 from growth_megatron.model.cost import (
@@ -60,6 +61,8 @@ class StagePlan:
     bubble_to_ideal: float
     bubble_fraction: float
     checkpoint_bytes: int
+    groups: str
+    """What is trained otherwise than the rest, in words; most often nothing."""
     share: float
     """Share of the run's FLOPs."""
 
@@ -180,6 +183,7 @@ def _plan_stage(config: RunConfig, index: int, world_size: int, total_flops: int
         bubble_to_ideal=bubble_to_ideal(parallel, micro_batches),
         bubble_fraction=bubble_fraction(parallel, micro_batches),
         checkpoint_bytes=checkpoint_bytes(stage.model, stage.training),
+        groups=_groups(config, index),
         share=per_token * tokens / total_flops,
     )
 
@@ -201,6 +205,16 @@ def _growth(config: RunConfig, index: int) -> str | None:
         notes.append(f"masks open: {describe_ramps(ramps)}")
     what = ", ".join(changes) or "the same geometry"
     return f"{growth.operator}{listed} from {source.name}: {what}; {', '.join(notes)}"
+
+
+def _groups(config: RunConfig, index: int) -> str:
+    stage, plan = config.stages[index], None
+    if index and stage.optimizer.tells_new_apart:
+        from growth_megatron.growth.plan import plan_growth  # needs torch
+
+        growth = stage.growth or GrowthConfig()
+        plan = plan_growth(config.stages[index - 1].model, stage.model, growth, config.run.seed)
+    return describe_groups(stage.optimizer, plan, stage.model)
 
 
 def _shown(value: object) -> str:

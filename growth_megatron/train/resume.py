@@ -21,7 +21,9 @@ from growth_megatron.errors import CheckpointError, ConfigError, DamagedError, G
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.growth.masks import masked_plan
+from growth_megatron.growth.new_parts import frozen_keys
 from growth_megatron.growth.operators import choose
+from growth_megatron.growth.plan import stage_growth
 from growth_megatron.growth.ramps import describe_ramps, last_step, mask_ramps
 from growth_megatron.parallel import collectives
 
@@ -55,8 +57,9 @@ def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
     if choice.path is not None and choice.manifest is not None:
         print(f"resuming from {choice.path} (step {choice.manifest.step})", flush=True)
         _check_geometry(config, choice.path, choice.manifest)
-        if choice.manifest.config_hash != loaded.hash:
-            _show_changes(choice.path, config)
+    _check_groups(config, choice.manifest)
+    if choice.path is not None and choice.manifest is not None and choice.manifest.config_hash != loaded.hash:
+        _show_changes(choice.path, config)
     (directory.path / NEXT_LAYOUT_NAME).unlink(missing_ok=True)
     (directory.path / "config.yaml").write_text(loaded.text, encoding="utf-8")
     return choice
@@ -127,6 +130,18 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
         if settings and not growth_problems(manifest.geometry, stage.model, GrowthConfig()):
             remedy += f", or grow the checkpoint: growth-megatron grow {path} TARGET --set {settings}"
         raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
+
+
+def _check_groups(config: RunConfig, manifest: Manifest | None) -> None:
+    """Who is new says the growth that a stage begins with."""
+    for number, stage in enumerate(config.stages):
+        frozen_keys(stage.optimizer.freeze, stage.model)
+        begins = number == 0 and (manifest is None or manifest.stage == 0)
+        if begins and stage.optimizer.tells_new_apart and stage_growth(manifest) is None:
+            raise ConfigError(
+                f"optimizer of stage {stage.name} treats new parameters apart, and the stage begins with no growth; "
+                "write train_only and new_parameters under the stage that grows (stages.NAME.optimizer)"
+            )
 
 
 def _check_masks(stage: StageConfig, path: Path, manifest: Manifest) -> None:

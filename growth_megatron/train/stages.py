@@ -50,7 +50,7 @@ from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
 from growth_megatron.growth.layers import connection_rate
 from growth_megatron.growth.live import live_map
 from growth_megatron.growth.operators import choose
-from growth_megatron.growth.plan import plan_growth
+from growth_megatron.growth.plan import plan_growth, stage_growth
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.model.init import InitSource
@@ -61,6 +61,7 @@ from growth_megatron.train.engine import Engine
 from growth_megatron.train.health import RollBack
 from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
+from growth_megatron.train.parameter_groups import ParameterGroups
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
 from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start
 from growth_megatron.train.watchdog import Watchdog
@@ -232,6 +233,11 @@ def _train_stage(
             raise
         assert choice.manifest is not None
         engine.live = live_map(choice.manifest, engine.models)
+    growth_of_stage = stage_growth(choice.manifest)
+    if growth_of_stage is not None or stage.optimizer.freeze:
+        engine.groups = ParameterGroups(
+            stage.optimizer, growth_of_stage, stage.model, engine.models, engine.own_optimizers()
+        )
     context.metrics.log("event", step=counters.step, event="stage", message=_stage_message(context, counters, choice))
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)

@@ -44,7 +44,7 @@ BASE: dict[str, Any] = {
 }
 GROWN = {**BASE, "hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 192}
 STEPS_BEFORE, STEPS_AFTER, RATE = 5, 25, 3e-3
-OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip_grad=0.0, epsilon=1e-4)  # an epsilon that matters beside sqrt(v)
+OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip_grad=0.2, epsilon=1e-4)  # an epsilon that matters beside sqrt(v)
 
 Rule = tuple[float, int]
 """(a, c): each weight appears as ``c`` copies of ``a`` times itself."""
@@ -172,7 +172,9 @@ def grown_runs(cases: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def _grown_run(folder: str, name: str, layout: dict[str, Any], number: int, without: str = "") -> list[float]:
-    """``without`` leaves out: ``moments`` (their scaling), ``multipliers``, or one of these by its name."""
+    """``without`` leaves out: ``moments`` (their scaling), ``norm`` (that of the source's gradients is clipped),
+    ``multipliers``, or one of these by its name.
+    """
     tied = name == "tied"
     multipliers = {} if without == "multipliers" else multipliers_of(tied)
     if without in Multipliers.model_fields:
@@ -182,6 +184,8 @@ def _grown_run(folder: str, name: str, layout: dict[str, Any], number: int, with
     collectives.on_rank_zero(lambda: write_grown(source, target, tied, multipliers, without != "moments"))
     with engine_with(stage_at(layout, {**GROWN, "tie_embeddings": tied}), multipliers) as engine:
         load_into_model(target, engine.models, engine.optimizer)
+        if without == "norm":
+            engine._source_grad_norm = lambda: float(engine.optimizer.get_grad_norm())  # type: ignore[method-assign]
         return _losses(engine, STEPS_BEFORE, STEPS_AFTER)
 
 

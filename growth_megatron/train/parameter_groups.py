@@ -1,0 +1,180 @@
+"""Old and new parameters of a grown model, and frozen ones, treated apart by the optimizer.
+
+Owns: factors of the update as functions of the stage's step, their application to each element, norms of old and new.
+Does not own: who is new or frozen (``growth.new_parts``), the step (``train.engine``).
+
+An update that is scaled by f is one with f times the learning rate, decoupled weight decay included. Where f is 0 the
+gradient is set to 0 before the norm is taken, so that clipping sees what is trained alone. All follows from the stage's
+step and the configuration: nothing of it is stored, and a run resumes exactly, at any layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+
+from growth_megatron.checkpoint.torch_dist.live_model import model_shards
+from growth_megatron.config.schema import ModelConfig, OptimizerConfig
+from growth_megatron.growth.new_parts import frozen_keys, new_mask
+from growth_megatron.growth.rules import GrowthPlan
+
+Figures = dict[str, float]
+
+
+def update_factors(settings: OptimizerConfig, stage_step: int) -> tuple[float, float]:
+    """Of the update of old and of new parameters, where the stage has made ``stage_step`` steps."""
+    only_new = settings.train_only == "new" and stage_step < (settings.train_only_steps or math.inf)
+    of_new = settings.new_parameters
+    warm = min(1.0, (stage_step + 1) / of_new.warmup_steps) if of_new.warmup_steps else 1.0
+    return float(not only_new), of_new.learning_rate_multiplier * warm
+
+
+@dataclass
+class _Shard:
+    """What this rank's optimizer holds of one parameter: flat, as ``new`` is, which is a scalar where all are alike."""
+
+    values: torch.Tensor
+    new: torch.Tensor
+    is_frozen: bool
+    counts: bool
+    """Whether this rank is the one to count it."""
+    before: torch.Tensor | None = None
+
+    def factors(self, old_factor: float, new_factor: float) -> torch.Tensor:
+        """Of each element's update."""
+        if self.is_frozen:
+            return torch.zeros_like(self.values)
+        return torch.where(self.new, new_factor, old_factor).to(self.values)
+
+
+class ParameterGroups:
+    """Stands by the optimizer of a stage whose parameters are not all treated alike, or are to be told apart."""
+
+    def __init__(
+        self,
+        settings: OptimizerConfig,
+        plan: GrowthPlan | None,
+        geometry: ModelConfig,
+        models: Sequence[MegatronModule],
+        optimizers: Sequence[MegatronOptimizer],
+    ) -> None:
+        """``plan``: the growth that the stage began with; without one no parameter is new."""
+        self._settings, self.has_new = settings, plan is not None
+        frozen = frozenset(frozen_keys(settings.freeze, geometry))
+        masks = _masks(plan, frozen, models)
+        self._shards: list[_Shard] = []
+        self._step, self.figures = 0, Figures()
+        self._measures = False
+        for optimizer in optimizers:
+            for param, shard in _shards_of(optimizer):
+                part = optimizer._get_model_param_range_map(param)["param"]
+                new, is_frozen = masks[param]
+                counts = param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(shard)
+                own = new.view(-1)[part.start : part.end]
+                alike = own.numel() == 0 or bool(own.all()) or not bool(own.any())
+                self._shards.append(_Shard(shard, own.any() if alike else own.clone(), is_frozen, counts))
+            optimizer.optimizer.register_step_pre_hook(self._before)
+            optimizer.optimizer.register_step_post_hook(self._after)
+        self._group = optimizers[0].get_grad_stats_parallel_group() if optimizers else None
+
+    @torch.no_grad()
+    def begin(self, stage_step: int, measures: bool) -> None:
+        """With the gradients ready and before their norm is taken: those of what is not trained become 0."""
+        self._step, self._measures, self.figures = stage_step, measures and self.has_new, {}
+        for shard in self._changed():
+            factors = update_factors(self._settings, self._step)
+            if shard.values.grad is not None and (shard.is_frozen or 0.0 in factors):
+                shard.values.grad.mul_(shard.factors(*factors) != 0)
+
+    def _changed(self) -> Iterator[_Shard]:
+        """Those whose update or decay is not the optimizer's own."""
+        decay = self._settings.new_parameters.weight_decay is not None
+        for shard in self._shards:
+            if shard.is_frozen or decay or update_factors(self._settings, self._step) != (1.0, 1.0):
+                yield shard
+
+    def _before(self, *_: Any) -> None:
+        for shard in self._changed():
+            shard.before = shard.values.detach().clone()
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        factors, decay = update_factors(self._settings, self._step), self._settings.new_parameters.weight_decay
+        groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+        for shard in self._changed():
+            group = groups.get(id(shard.values))
+            if group is None or shard.before is None:
+                continue
+            if decay is not None and not shard.is_frozen:
+                more = group["lr"] * (group["weight_decay"] - decay * group.get("wd_mult", 1.0))
+                shard.values.add_(shard.before * shard.new, alpha=more)
+            shard.values.copy_(torch.lerp(shard.before, shard.values, shard.factors(*factors)))
+        if self._measures:
+            self.figures = self._measured(optimizer, groups)
+        for shard in self._shards:
+            shard.before = None
+
+    def _measured(self, optimizer: torch.optim.Optimizer, groups: Mapping[int, Mapping[str, Any]]) -> Figures:
+        """Norms over all ranks of weights, clipped gradients and updates, of old and of new parameters."""
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=torch.cuda.current_device())
+        for shard in self._shards:
+            group = groups.get(id(shard.values))
+            if shard.counts and group is not None and shard.values.grad is not None:
+                update = _update(shard, optimizer.state[shard.values], group)
+                for row, chosen in enumerate((~shard.new, shard.new)):
+                    for column, tensor in enumerate((shard.values, shard.values.grad, update)):
+                        sums[row, column] += torch.linalg.vector_norm(tensor * chosen, dtype=torch.float64) ** 2
+        dist.all_reduce(sums, group=self._group)
+        names = [f"{of}_{what}_norm" for of in ("old", "new") for what in ("weight", "grad", "update")]
+        return dict(zip(names, sums.sqrt().flatten().tolist(), strict=True))
+
+
+def _update(shard: _Shard, state: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> torch.Tensor:
+    """The step just made; without a copy of the values before it, from the moments that made it."""
+    if shard.before is not None:
+        return shard.values - shard.before
+    (beta1, beta2), steps, rate = group["betas"], float(state["step"]), group["lr"]
+    deviation = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+    decay = rate * group["weight_decay"]
+    step: torch.Tensor = (state["exp_avg"] / (1 - beta1**steps)).div_(deviation).mul_(rate)
+    return step.add_(shard.values, alpha=decay).div_(decay - 1)  # before it they were (values + step) / (1 - decay)
+
+
+def _masks(
+    plan: GrowthPlan | None, frozen: frozenset[str], models: Sequence[MegatronModule]
+) -> dict[torch.nn.Parameter, tuple[torch.Tensor, bool]]:
+    """For each parameter of this rank which of its elements are new, and whether it is frozen."""
+    rules = {rule.target: rule for rule in plan.rules} if plan else {}
+    result: dict[torch.nn.Parameter, tuple[torch.Tensor, bool]] = {}
+    for model in models:
+        for param in model.parameters():
+            result[param] = torch.zeros(param.shape, dtype=torch.bool, device=param.device), False
+    places = sorted(((param.data_ptr(), param) for param in result), key=lambda place: place[0])
+    for data, key, region in model_shards(models):
+        param = next(param for start, param in reversed(places) if start <= data.data_ptr())
+        mask, _ = result[param]
+        offset = (data.data_ptr() - param.data_ptr()) // data.element_size()
+        view = mask.as_strided(data.shape, data.stride(), offset)
+        if key in rules:
+            view.copy_(new_mask(rules[key], region).to(view.device).expand(view.shape))
+        result[param] = mask, key in frozen
+    return result
+
+
+def _shards_of(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter of which this rank's optimizer holds a part, with that part's float32 master."""
+    pairs = (
+        (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+        (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+    )
+    for models, shards in pairs:
+        for params, parts in zip(models, shards, strict=True):
+            yield from zip(params, parts, strict=True)
