@@ -12,7 +12,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "plot": ["matplotlib"],
     "hf": ["transformers>=4.45", "tokenizers"],
-    "eval": ["lm-eval"],
+    "eval": ["lm-eval>=0.4.13", "tqdm"],
     "dev": [
         "pytest",
         "pytest-timeout",
@@ -25,6 +25,7 @@ EXTRAS = {
         "pyarrow",
         "safetensors",
         "transformers>=4.45",
+        "accelerate",  # of lm-eval's model for Hugging Face folders, which evaluation is compared with
         "gguf",
     ],
 }

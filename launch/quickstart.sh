@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
     cat <<'USAGE'
-From a fresh checkout to a grown model: environment, corpus, tokenizer, data, training, report.
+From a fresh checkout to a grown model: environment, corpus, tokenizer, data, training, report, some text.
 
     bash launch/quickstart.sh [a.b=c ...]
 
@@ -34,7 +34,7 @@ esac
 cd "$repository"
 config=configs/quickstart.yaml
 
-step "1/6 environment"
+step "1/7 environment"
 environment_install plot
 python=$venv/bin/python
 export PATH=$venv/bin:$PATH
@@ -58,17 +58,17 @@ PYTHON
 read -r -d '' tokenizer train validation vocab_size run <<<"$settings" || true
 data=$(dirname "$tokenizer")
 
-step "2/6 corpus"
+step "2/7 corpus"
 "$python" tools/fetch_corpus.py "$data/corpus"
 
-step "3/6 tokenizer"
+step "3/7 tokenizer"
 if [ -f "$tokenizer" ]; then
     echo "$tokenizer is there already"
 else
     growth-megatron train-tokenizer "$data/corpus/train" --output "$tokenizer" --vocab-size "$vocab_size"
 fi
 
-step "4/6 data"
+step "4/7 data"
 for part in train validation; do
     prefix=${!part}
     if [ -f "$prefix.bin" ] && [ -f "$prefix.idx" ]; then
@@ -78,13 +78,16 @@ for part in train validation; do
     fi
 done
 
-step "5/6 training (continues where it was; logs and checkpoints in $run)"
+step "5/7 training (continues where it was; logs and checkpoints in $run)"
 processes=${QUICKSTART_PROCESSES:-2}
 echo "bash launch/torchrun.sh -n $processes $config $*"
 bash launch/torchrun.sh -n "$processes" "$config" "$@"
 
-step "6/6 report"
+step "6/7 report"
 growth-megatron report "$run"
+
+step "7/7 what it writes by now (of a corpus this small, with so few steps: words, not sense)"
+growth-megatron sample "$run" "The state of the Union" "We must" --max-tokens 40
 
 echo
 echo "to go on by hand: cd $repository && source $venv/bin/activate"

@@ -51,6 +51,30 @@ def prepared_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_folder(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: an untrained model of two layers and a length of 64 tokens, with a tokenizer.
+
+    Its weights are large enough that it prefers some tokens.
+    """
+    from growth_megatron.checkpoint.huggingface.writer import export_huggingface
+    from growth_megatron.config.schema import ModelConfig
+    from growth_megatron.model.init import InitSource
+
+    geometry = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        vocab_size=VOCABULARY,
+        sequence_length=64,
+        init_std=0.1,
+    )
+    folder = tmp_path_factory.mktemp("small") / "folder"
+    export_huggingface(InitSource(geometry, 5), geometry, folder, tokenizer=prepared_corpus / "tokenizer.model")
+    return folder
+
+
 def write_growing_config(folder: Path, prepared_corpus: Path) -> Path:
     """``folder/config.yaml``: 6 steps of a 2-layer model, grown to 4 layers for 4 more, in ``folder/run``."""
     content = {

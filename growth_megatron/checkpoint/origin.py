@@ -334,6 +334,13 @@ def run_of(path: Path) -> RunDirectory | None:
     return RunDirectory(path.parent if path.name else path.absolute().parent)  # "." has no name
 
 
+def run_of_checkpoint(path: Path) -> Path | None:
+    """Directory of the run that the checkpoint in ``path`` belongs to by its place; None for any other folder."""
+    path = path.absolute()
+    is_named = CheckpointName.parse(path.name) is not None and path.parent.name == "checkpoints"
+    return path.parent.parent if is_named else None
+
+
 def none_valid(run: RunDirectory, skipped: Sequence[Skipped]) -> CheckpointError:
     """The error for a run of whose checkpoints none is valid."""
     if not skipped:

@@ -7,6 +7,8 @@ only it may need torch or megatron-core.
 COMMANDS = {
     "train": "Run or continue the run in run.directory.",
     "plan": "Say what a run would cost: parameters, FLOPs, memory per rank, bubble. No GPU, no processes.",
+    "evaluate": "Run lm-eval's tasks on a checkpoint or a Hugging Face folder, at any parallel layout.",
+    "sample": "Write text with a checkpoint or a Hugging Face folder, from prompts.",
     "report": "Final figures of a run and its loss curve (RUN/plots/loss.png).",
     "compare": "Say what growth saved: runs against a baseline at equal loss, over seeds, with a picture.",
     "guideline": "Say when to grow and by how much, by the fit of arXiv 2405.15319.",

@@ -1,11 +1,13 @@
-"""What the parsers of the subcommands share. Owns: the form of a subcommand's help."""
+"""What the subcommands share: the form of their help, arguments of several, packages asked for by name."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any
 
 from growth_megatron.commands import COMMANDS
+from growth_megatron.errors import ConfigError
 
 Subparsers = Any  # what add_subparsers returns; argparse keeps its class to itself
 
@@ -50,3 +52,20 @@ def add_text_inputs(parser: argparse.ArgumentParser) -> None:
         help="records to read, as in meta.set!=code; may be repeated, then all must hold",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+
+
+def require_lm_eval(asked_for_by: str) -> None:
+    """Raises ConfigError with the command that installs lm-eval, if it is not there."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"{asked_for_by} needs the package lm-eval: pip install 'growth-megatron[eval]', or lm-eval")
+
+
+def add_live_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the subcommands that ask a model: which one, at which layout."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, RUN/latest, a run, or hf:DIR")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's")
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="tensor-parallel size under torchrun; default: 1"
+    )
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size; default: 1")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: as stored")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from growth_megatron.commands.parsing import Subparsers, add_command, add_config
+from growth_megatron.commands.parsing import Subparsers, add_command, add_config, require_lm_eval
 from growth_megatron.growth.configuration import load_config
 
 
@@ -21,6 +21,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     loaded = load_config(options.config, options.overrides)
-    from growth_megatron.train.stages import train  # seconds of imports, which a wrong configuration need not wait for
+    if loaded.config.evaluation.tasks:
+        require_lm_eval("evaluation.tasks")
+    # seconds of imports, which a wrong configuration need not wait for
+    from growth_megatron.evaluate.during_training import prepare_tasks
+    from growth_megatron.train.stages import train
 
-    return train(loaded)
+    return train(loaded, prepare_tasks)

@@ -334,10 +334,14 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation loss on held-out data."""
+    """Validation loss on held-out data, and lm-eval's tasks."""
 
     interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
     samples: PositiveInt = Field(256, description="sequences per evaluation, the same each time")
+    tasks: tuple[str, ...] = Field((), description="of lm-eval, or growth_paper; evaluated with the live model")
+    tasks_interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
+    tasks_limit: PositiveInt | None = Field(None, description="documents of each task; default: all")
+    include_path: str | None = Field(None, min_length=1, description="folder with more tasks; their code is run")
 
 
 class WandbConfig(Section):
@@ -358,6 +362,31 @@ class LoggingConfig(Section):
     )
 
 
+def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
+    """How ``model`` does not divide into this layout, by dotted key of a stage."""
+    problems = []
+    tensor, pipeline, chunks = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.model_chunks
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "padded vocabulary": model.padded_vocab_size,
+    }
+    if parallel.sequence_parallel:
+        sizes["sequence_length"] = model.sequence_length
+    if wrong := ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor):
+        text = f"{tensor} does not divide {wrong}; allowed: {divisors(*sizes.values())}"
+        problems.append(("parallel.tensor_parallel_size", text))
+    if model.num_layers % (pipeline * chunks):
+        stages = f"pipeline_parallel_size {pipeline}"
+        if chunks > 1:
+            stages += f" x virtual_pipeline_parallel_size {chunks} = {pipeline * chunks}"
+        allowed = f"allowed: a product out of {divisors(model.num_layers)}; or change num_layers"
+        text = f"num_layers {model.num_layers} is not a multiple of {stages}; {allowed}"
+        problems.append(("parallel.pipeline_parallel_size", text))
+    return problems
+
+
 class StageConfig(Section):
     """One stage, complete: top-level sections merged with the stage's own."""
 
@@ -374,38 +403,8 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        refuse([*self._tensor_problems(), *self._pipeline_problems(), *self._length_problems()])
+        refuse([*layout_problems(self.model, self.parallel), *self._length_problems()])
         return self
-
-    def _tensor_problems(self) -> list[tuple[str, str]]:
-        tensor, model = self.parallel.tensor_parallel_size, self.model
-        sizes = {
-            "num_attention_heads": model.num_attention_heads,
-            "num_query_groups": model.num_query_groups,
-            "ffn_hidden_size": model.ffn_hidden_size,
-            "padded vocabulary": model.padded_vocab_size,
-        }
-        if self.parallel.sequence_parallel:
-            sizes["sequence_length"] = model.sequence_length
-        wrong = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor)
-        if not wrong:
-            return []
-        text = f"{tensor} does not divide {wrong}; allowed: {divisors(*sizes.values())}"
-        return [("parallel.tensor_parallel_size", text)]
-
-    def _pipeline_problems(self) -> list[tuple[str, str]]:
-        pipeline, chunks, layers = (
-            self.parallel.pipeline_parallel_size,
-            self.parallel.model_chunks,
-            self.model.num_layers,
-        )
-        if layers % (pipeline * chunks) == 0:
-            return []
-        stages = f"pipeline_parallel_size {pipeline}"
-        if chunks > 1:
-            stages += f" x virtual_pipeline_parallel_size {chunks} = {pipeline * chunks}"
-        text = f"num_layers {layers} is not a multiple of {stages}; allowed: a product out of {divisors(layers)}"
-        return [("parallel.pipeline_parallel_size", f"{text}; or change num_layers")]
 
     def _length_problems(self) -> list[tuple[str, str]]:
         problems, training, schedule = [], self.training, self.schedule

@@ -50,6 +50,7 @@ class JsonTokenizer(Tokenizer):
         self._longest = LONG_TEXT  # its time grows with the length alone
         self.bos_id = self._special("bos")
         self.eos_id = self._special("eos", _USUAL)
+        self.begins_with_bos = self.bos_id >= 0 and self.bos_id in self._json.encode("a").ids[:1]
         if self.eos_id < 0:
             raise DataError(
                 f"tokenizer {path} has no token that is known to end a text, which separates documents; put a "

@@ -29,6 +29,8 @@ SHORT_TEXT, LONG_TEXT = 1 << 13, 1 << 23  # characters
 class Tokenizer:
     """A SentencePiece model file.
 
+    ``begins_with_bos`` says whether a text that a model is asked about begins with BOS; ``encode`` never adds it.
+
     Raises: DataError where the file is missing, damaged, or has no end-of-sentence piece.
     """
 
@@ -45,6 +47,7 @@ class Tokenizer:
             raise DataError(f"tokenizer {self.path} is not an intact SentencePiece model ({error})") from error
         self.bos_id = int(self._processor.bos_id())  # -1 where the model has none
         self.eos_id = int(self._processor.eos_id())
+        self.begins_with_bos = False
         if self.eos_id < 0:
             raise DataError(f"tokenizer {self.path} has no end-of-sentence piece, which separates documents")
 

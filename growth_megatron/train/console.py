@@ -184,7 +184,19 @@ def _other_text(record: Record) -> str:
                      if k not in ("kind", "step", "time"))  # fmt: skip
 
 
-_EVENT_TEXTS = {"validation": _validation_text, "checkpoint": _checkpoint_text, "growth": _growth_text}
+def _evaluation_text(record: Record) -> str:
+    """The first figure of each task."""
+    found = [(task, *next(iter(figures.items()))) for task, figures in record["results"].items() if figures]
+    text = ", ".join(f"{task} {metric} {fixed(value)}" for task, metric, value in found)
+    return f"{text}  in {duration(record.get('seconds'))}"
+
+
+_EVENT_TEXTS = {
+    "validation": _validation_text,
+    "checkpoint": _checkpoint_text,
+    "growth": _growth_text,
+    "evaluation": _evaluation_text,
+}
 
 _WIDTHS = {"loss": 7, "lr": 8, "grad norm": 7, "tokens/s": 5, "TFLOP/s per device": 6, "MFU": 6, "memory": 11}
 

@@ -255,13 +255,19 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], stage_step: int = 0) -> float:
         """Mean loss (nats per token) of this rank's micro-batches and those of all data-parallel peers."""
+        with self.evaluating(stage_step):
+            sums = self._run(batches, forward_only=True)
+        return _world_mean_loss(sums)[0]
+
+    @contextmanager
+    def evaluating(self, stage_step: int) -> Iterator[None]:
+        """The models complete, in evaluation mode and as they act after ``stage_step`` steps of the stage."""
         for model in self.models:
             model.eval()
         with self.gathered_parameters(), self._live_weights(stage_step):
-            sums = self._run(batches, forward_only=True)
+            yield
         for model in self.models:
             model.train()
-        return _world_mean_loss(sums)[0]
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -41,6 +42,10 @@ AGAIN = "re-run the same command to resume"
 _TORCH_CANNOT_WRITE = "PytorchStreamWriter"  # failed writing, says torch.save
 
 
+TaskEvaluation = Callable[[Engine, Callable[[], None]], Mapping[str, Any]]
+"""Figures by task of the live model, the same on all ranks; calls back while it works, so that it is seen to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunContext:
     """What all stages of a run share."""
@@ -52,6 +57,8 @@ class RunContext:
     watchdog: Watchdog
     data: RunData
     world_size: int
+    evaluate_tasks: TaskEvaluation | None = None
+    """What ``evaluation.tasks`` asks for."""
 
 
 @dataclasses.dataclass
@@ -79,6 +86,7 @@ class StageLoop:
         self._pending: _Pending | None = None
         self._saved_step = counters.step if start else -1
         self._evaluated_step, self._validation_loss = -1, float("nan")
+        self._tasks_step = -1
         self._validation = collectives.on_all_ranks(self._validation_batches)
         self._rollback: RollBack | None = None
         self._skipped_in_a_row = 0
@@ -110,8 +118,11 @@ class StageLoop:
             pass
         elif not ended:
             self.context.metrics.log("event", step=self.counters.step, event="stop", message=self._stop_message())
-        elif self._evaluated_step != self.counters.step:
-            self.validate()
+        else:
+            if self._evaluated_step != self.counters.step:
+                self.validate()
+            if self._tasks_step != self.counters.step:
+                self._evaluate_tasks()
         self._commit_pending(wait=True)
         self._leaving = not ended and not self._rollback
         if self._saved_step != self.counters.step and self.counters.step > 0 and not self._rollback:
@@ -136,6 +147,29 @@ class StageLoop:
         )
         self._restart_window()
         return loss
+
+    def _evaluate_tasks(self) -> None:
+        """Figures of lm-eval's tasks, logged; nothing where none are asked for."""
+        if self.context.evaluate_tasks is None:
+            return
+        step, started = self.counters.step, time.perf_counter()
+        with self.engine.evaluating(self.counters.stage_step):
+            results = self.context.evaluate_tasks(
+                self.engine, lambda: self.context.watchdog.alive("evaluating tasks", step)
+            )
+        self._tasks_step = step
+        self.context.metrics.log(
+            "evaluation",
+            step=step,
+            stage=self.stage.name,
+            consumed_tokens=self.counters.consumed_tokens,
+            flops=self.counters.flops,
+            flops_6nd=self.counters.flops_6nd,
+            results=results,
+            limit=self.config.evaluation.tasks_limit,
+            seconds=time.perf_counter() - started,
+        )
+        self._restart_window()
 
     def _step(self, loader: BatchLoader) -> bool:
         self.context.watchdog.alive("waiting for data", self.counters.step)
@@ -173,6 +207,8 @@ class StageLoop:
             self.context.metrics.progress(self.counters.step, self.stage.name)
         if self._due(self.config.evaluation.interval_steps):
             self.validate()
+        if self._due(self.config.evaluation.tasks_interval_steps):
+            self._evaluate_tasks()
         self._commit_pending(wait=False)
         last = result.stop_requested or self.counters.ends_stage(self.config)  # run() saves there, after validation
         if self._due(self.config.checkpoint.interval_steps) and not last:

@@ -40,7 +40,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         "validation_loss_before", "validation_loss_after", "seconds", "bytes_written",
     ),
     "checkpoint": ("step", "path", "seconds", "blocking_seconds", "bytes"),
-    "evaluation": ("step",),
+    "evaluation": ("step", "consumed_tokens", "flops", "flops_6nd", "results"),
     "event": ("step", "event", "message"),
 }  # fmt: skip
 
@@ -188,6 +188,19 @@ class MetricsLogger:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def append_record(run_directory: Path, kind: str, **fields: Any) -> None:
+    """Add one record to the metrics of a run that another process may be writing to.
+
+    Raises: GrowthMegatronError if the file cannot be written.
+    """
+    path = Path(run_directory) / FILE_NAME
+    try:
+        with _open_for_append(path) as file:
+            file.write(json.dumps(_plain(_ordered(kind, fields), []), allow_nan=False) + "\n")
+    except OSError as error:
+        raise GrowthMegatronError(f"{path} cannot be written ({error.strerror}); make room or permit it") from error
 
 
 def read_metrics(run_directory: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.lines import describe_options, geometry_changes
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
-from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.schema import EvaluationConfig, RunConfig
 from growth_megatron.config.units import format_bytes
 from growth_megatron.data.fingerprint import check_fingerprint
 from growth_megatron.data.mixture import describe_draws
@@ -58,16 +59,21 @@ from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.health import RollBack
-from growth_megatron.train.loop import RunContext, StageLoop
+from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.parameter_groups import ParameterGroups
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
 from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start
 from growth_megatron.train.watchdog import Watchdog
 
+PrepareTasks = Callable[[EvaluationConfig, Path | None], TaskEvaluation]
+"""From what a configuration asks for, and the run's tokenizer, to what does it; on all ranks alike."""
 
-def train(loaded: LoadedConfig) -> int:
+
+def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> int:
     """Run or continue the run of ``loaded``; returns an exit code of ``growth_megatron.errors``.
+
+    ``prepare_tasks`` comes from the room above; without it ``evaluation.tasks`` are left out.
 
     Raises: GrowthMegatronError, on all ranks alike.
     """
@@ -95,6 +101,10 @@ def train(loaded: LoadedConfig) -> int:
         data = RunData(config, directory.path, choice.path)
         data.check(choice.manifest.stage if choice.manifest else 0)
         context = RunContext(loaded, directory, metrics, stop, watchdog, data, world_size)
+        if config.evaluation.tasks and prepare_tasks is not None:
+            tokenizer = config.stages[0].data.tokenizer or choice.path
+            tasks = prepare_tasks(config.evaluation, Path(tokenizer) if tokenizer else None)
+            context = dataclasses.replace(context, evaluate_tasks=tasks)
         _rewind(context, choice)
         collectives.on_rank_zero(partial(_say_start, context, choice))
         code = _walk(context, choice)

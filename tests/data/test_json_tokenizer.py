@@ -41,6 +41,14 @@ def test_ids_are_those_of_transformers_without_added_ones(folder: Path, name: st
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (297, 298, 299)
 
 
+def test_whether_a_text_begins_with_bos_is_as_in_transformers(folder: Path, tokenizer: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.begins_with_bos
+    assert [ours.bos_id, *ours.encode("growth")] == theirs("growth", truncation=False).input_ids
+    assert not tokenizer.begins_with_bos
+
+
 def test_a_folder_with_a_sentencepiece_model_alone_is_that_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     assert type(open_tokenizer(tmp_path)) is Tokenizer

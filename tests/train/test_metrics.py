@@ -197,6 +197,15 @@ def test_events_are_lines_of_their_own() -> None:
     )
 
 
+def test_figures_of_tasks_are_a_line_and_a_tag_each() -> None:
+    figures = {"arc_easy": {"acc": 0.25, "acc_norm": 0.5}, "pages": {"word_perplexity": 31.5}}
+    record = {"kind": "evaluation", "step": 200, "results": figures, "seconds": 12.0}
+    assert event_line(record) == "evaluation  step 200  arc_easy acc 0.2500, pages word_perplexity 31.5000  in 12s"
+    tags = trackers._scalars(record)
+    assert tags["evaluation/results/arc_easy/acc_norm"] == 0.5
+    assert tags["evaluation/results/pages/word_perplexity"] == 31.5
+
+
 def test_the_live_view_shows_both_bars_and_survives_markup_in_events() -> None:
     screen = io.StringIO()
     output = RichConsole(file=screen, force_terminal=True, width=120, color_system=None)
