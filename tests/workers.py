@@ -11,7 +11,8 @@ import torch
 from megatron.core import parallel_state
 
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schedule_schema import ScheduleConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig, TrainingConfig
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.engine import Batch, Engine

@@ -147,6 +147,11 @@ def event_line(record: Record) -> str:
     return f"{kind:<10}  {at}{text}"
 
 
+def _learn_text(record: Record) -> str:
+    values = [f"{label} {value}" for label, value in train_values(record).items() if value != "n/a"]
+    return f"{record['stage']}  maps {record['phase_step']}/{record['phase_steps']}  {'  '.join(values)}"
+
+
 def _validation_text(record: Record) -> str:
     flops = record.get("flops")
     cost = "" if flops is None else f"  after {count(record.get('consumed_tokens'))} tokens, {flops:.3g} FLOPs"
@@ -184,7 +189,12 @@ def _other_text(record: Record) -> str:
                      if k not in ("kind", "step", "time"))  # fmt: skip
 
 
-_EVENT_TEXTS = {"validation": _validation_text, "checkpoint": _checkpoint_text, "growth": _growth_text}
+_EVENT_TEXTS = {
+    "learn": _learn_text,
+    "validation": _validation_text,
+    "checkpoint": _checkpoint_text,
+    "growth": _growth_text,
+}
 
 _WIDTHS = {"loss": 7, "lr": 8, "grad norm": 7, "tokens/s": 5, "TFLOP/s per device": 6, "MFU": 6, "memory": 11}
 

@@ -57,6 +57,18 @@ class Counters:
             flops_6nd=None if self.flops_6nd is None else self.flops_6nd + more_6nd,
         )
 
+    def after_learning(self, stage: StageConfig, map_flops: int, steps: int) -> Counters:
+        """The counters after some steps of learning maps with ``stage``'s model and batch, no steps of the run."""
+        tokens = steps * stage.tokens_per_step
+        more_6nd = 6.0 * parameter_count(stage.model).total * tokens
+        return dataclasses.replace(
+            self,
+            consumed_samples=self.consumed_samples + steps * stage.training.global_batch_size,
+            consumed_tokens=self.consumed_tokens + tokens,
+            flops=self.flops + float(flops_per_token(stage.model)) * tokens + float(map_flops) * steps,
+            flops_6nd=None if self.flops_6nd is None else self.flops_6nd + more_6nd,
+        )
+
     def with_loss(self, loss: float) -> Counters:
         """The running band of losses with that of the step just taken."""
         share = 1 / min(max(self.stage_step, 1), BAND_STEPS)

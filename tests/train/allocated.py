@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schedule_schema import ScheduleConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig, TrainingConfig
 from growth_megatron.model.cost import head_saved_bytes, layer_saved_bytes, rank_memory
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine

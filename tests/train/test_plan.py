@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from growth_megatron.commands.plan_tables import print_plan, render_plan
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from growth_megatron.config.schedule_schema import ScheduleConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig, TrainingConfig
 from growth_megatron.errors import ConfigError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import (
