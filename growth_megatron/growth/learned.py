@@ -69,6 +69,7 @@ class Growing:
         self._heads = source.num_attention_heads // self._groups
         self._grown_heads = target.num_attention_heads // target.num_query_groups
         self._channels = source.head_dim
+        self._grown_ffn = target.ffn_hidden_size
 
     def pieces(self, row: Row, weights: torch.Tensor) -> list[torch.Tensor]:
         """A tensor ``[rows, ...]`` of the source taken apart into q, k and v or gate and up, ``[rows of one, ...]``."""
@@ -76,6 +77,13 @@ class Growing:
             apart = weights.view(self._groups, self._heads + 2, self._channels, *weights.shape[1:])
             return [part.flatten(0, 2) for part in torch.split(apart, [self._heads, 1, 1], dim=1)]
         return list(weights.chunk(len(depth_maps(row))))
+
+    def is_in(self, row: Row, piece: int, region: Region) -> bool:
+        """Whether ``widen`` needs a piece for a region of the target's tensor: gate and up lie one above the other."""
+        if row.axes[0].kind is not Kind.GATE_UP:
+            return True
+        first, last = region[0].start, region[0].stop
+        return bool(piece * self._grown_ffn < last and first < (piece + 1) * self._grown_ffn)
 
     def widen(self, row: Row, pieces: Sequence[torch.Tensor], region: Region) -> torch.Tensor:
         """``region`` of a target tensor, of its shape, out of pieces of the source's size; of an embedding or output
@@ -128,8 +136,7 @@ class Growing:
         return values if weights is None else torch.einsum("th,ghcn->gtcn", weights, values)
 
     def _gate_up(self, pieces: Sequence[torch.Tensor], part: slice) -> torch.Tensor:
-        grown = self.maps.get(FFN)
-        size = len(pieces[0]) if grown is None else len(grown)
+        size = self._grown_ffn
         bounds = [(max(part.start - start, 0), min(part.stop - start, size)) for start in (0, size)]
         return torch.cat(
             [self._rows(FFN, piece, slice(a, b)) for piece, (a, b) in zip(pieces, bounds, strict=True) if a < b]

@@ -172,18 +172,26 @@ class _Products:
             chains = self._along(row.axes[number].kind, rest)
             for chain in chains:
                 total += 3 * sum(chain) + sum(chain if learned else chain[1:])
-            learned = learned or any(chains)
+            learned = learned or bool(chains)
             sizes[number] = row.shape(self._target)[number]
         return total
 
     def temporary(self, row: Row, tensor: int) -> int:
-        """Elements beside source and target of a tensor while its gradients are computed."""
-        first, *_ = axis_order(row)
-        half = list(row.shape(self._source))
-        half[first] = row.shape(self._target)[first]
+        """Elements while the gradients of a tensor are computed: layers mixed, half and wholly grown, and gradients."""
+        sizes = [list(row.shape(self._source))]
+        for number in axis_order(row):
+            if self._along(row.axes[number].kind, 1):
+                sizes.append(list(sizes[-1]))
+                sizes[-1][number] = row.shape(self._target)[number]
         split = tensor if row.split_axis is not None else 1
-        mixed = numel(row, self._source) if self._mixes and row in IN_LAYER else 0
-        return 2 * mixed + (2 * math.prod(half) + numel(row, self._target)) // split
+        alone = 2 if row.axes[0].kind is Kind.GATE_UP else 1  # gate and up come one after the other
+        mixed = math.prod(sizes[0]) // alone if self._mixes and row in IN_LAYER else 0
+        grown, half = (math.prod(size) // (alone * split) for size in (sizes[-1], sizes[len(sizes) // 2]))
+        if len(sizes) == 3:
+            return mixed + grown + half + max(mixed, half)
+        # q, k and v are joined, and their gradients parted.
+        joined = 2 * grown if row.axes[0].kind is Kind.QKV and RESIDUAL not in self._maps else 0
+        return mixed + joined + (grown + mixed if len(sizes) == 2 else 0)
 
     def _along(self, kind: Kind, rest: int) -> list[list[int]]:
         """FLOPs of the products along an axis, those in a chain one after the other; ``rest``: size of the other."""
@@ -194,13 +202,14 @@ class _Products:
         values = self._product(VALUES, after * channels, before * channels, rest)
         inside = self._product(HEADS, grown_heads, heads, after * channels * rest)
         ffn = self._product(FFN, self._target.ffn_hidden_size, self._source.ffn_hidden_size, rest)
-        return {
+        chains = {
             Kind.QKV: [[flops * heads for flops in groups] + inside, groups, values],
             Kind.HEADS: [[flops * heads for flops in values] + inside],
             Kind.GATE_UP: [ffn, ffn],
             Kind.FFN: [ffn],
             Kind.RESIDUAL: [self._product(RESIDUAL, self._target.hidden_size, self._source.hidden_size, rest)],
         }.get(kind, [])
+        return [chain for chain in chains if chain]
 
     def _product(self, name: str, rows: int, inner: int, columns: int) -> list[int]:
         return [2 * rows * inner * columns] if name in self._maps else []

@@ -86,8 +86,12 @@ class LearnedWeights:
         row, base = row_of(shard.key), self._base[self._base_of(shard)]
         names, place = depth_maps(row), split_layer_key(shard.key)
         if place is not None and names[0] in self.maps:
-            weights = [self.maps[name][place[0]].unsqueeze(0) for name in names]
-            base = [(w @ piece.flatten(1)).view(piece.shape[1:]) for w, piece in zip(weights, base, strict=True)]
+            base = [
+                (self.maps[name][place[0]].unsqueeze(0) @ piece.flatten(1)).view(piece.shape[1:])
+                if self._growing.is_in(row, number, shard.region)
+                else piece[0]
+                for number, (name, piece) in enumerate(zip(names, base, strict=True))
+            ]
         return self._growing.widen(row, base, shard.region)
 
     def _gradient(self, shard: ModelShard) -> torch.Tensor:

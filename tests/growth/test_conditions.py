@@ -250,7 +250,7 @@ def refusal(**fields: Any) -> str:
         ("xyz", "'xyz' is no operator"),
         ("", "at least 1 character"),
         ("split+", "'' is no operator"),
-        ("split+stack", "is 'split+stack'; write DEPTH+WIDTH with DEPTH out of direct, learn, masked, random, zero, gradual"),
+        ("split+stack", "is 'split+stack'; write DEPTH+WIDTH with DEPTH out of direct, learn, masked, random"),
         ("stack+solar", "and WIDTH out of direct, learn, masked, random, zero, hypercloning, sparkling, split"),
         ("stack+split+zero", "write DEPTH+WIDTH"),
     ],
