@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.utils.flop_counter import FlopCounterMode
 
 from growth_megatron.errors import GrowthMegatronError
@@ -101,9 +102,12 @@ def measured(cases: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
     """FLOPs of pouring and pulling back, bytes of what is kept and of what comes and goes: measured, planned."""
     results = []
     for case in cases:
-        plan, *_ = growth_of(case)
-        costs = map_costs(plan.source_geometry, plan.target_geometry, plan.layers or ())
+        plan, stage, _ = growth_of(case)
         with learning_engine(case) as engine:
+            rank = parallel_state.get_pipeline_model_parallel_rank()
+            costs = map_costs(
+                plan.source_geometry, plan.target_geometry, plan.layers or (), stage.parallel, pipeline_rank=rank
+            )
             learned = engine.learned
             for model in engine.wrapped:
                 model.zero_grad_buffer()

@@ -257,6 +257,19 @@ def test_what_cannot_be_learned_is_refused_before_a_run_starts(config: Path) -> 
     assert GrowthConfig(operator="learn").learn is None
 
 
+def test_each_rank_keeps_as_much_of_the_source_as_planned() -> None:
+    cases = [
+        {"layout": {"tensor_parallel_size": 2}},
+        {"layout": {"pipeline_parallel_size": 2}, "model": {"tie_embeddings": True}},
+        {"layout": {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, "grown": {"num_layers": 4}},
+        {"layout": {"pipeline_parallel_size": 2}, "grown": {"hidden_size": 60, "head_dim": 12}},
+    ]
+    for of_rank in run_ranks("tests.train.learning_workers:measured", 2, {"cases": cases}):
+        for case, found in zip(cases, of_rank, strict=True):
+            for part in ("base", "maps"):
+                assert found[part][1] == pytest.approx(found[part][0], rel=0.01), (case, part)
+
+
 def test_the_plan_s_figures_are_those_measured() -> None:
     cases: list[dict[str, Any]] = [
         {},
