@@ -11,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source
+from growth_megatron.config.schedule_schema import ScheduleConfig
 from growth_megatron.config.schema import (
     DataConfig,
     DatasetConfig,
     ModelConfig,
     ParallelConfig,
-    ScheduleConfig,
     StageConfig,
     TrainingConfig,
 )

@@ -95,8 +95,8 @@ class StepClock:
         self.inner.progress(step, stage)
         self.ends.append(now())
 
-    def rewind(self, step: int, *, before_growth: bool = False) -> None:
-        self.inner.rewind(step, before_growth=before_growth)
+    def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
+        self.inner.rewind(step, before_growth=before_growth, learned=learned)
 
     def close(self) -> None:
         self.inner.close()

@@ -62,6 +62,7 @@ def _add_growth_options(parser: argparse.ArgumentParser) -> None:
         choices=["reset", "carry", "asymmetric"],
         help="default: reset (masked: carry, sparkling: asymmetric)",
     )
+    parser.add_argument("--maps", metavar="PATH", help="learned maps: their file, or a checkpoint grown by them")
     parser.add_argument("--seed", type=int, help="of new weights, noise and uneven shares; default: 0")
     parser.add_argument("--config", metavar="GROWTH.yaml", help="model:, growth: and seed: as above; options go first")
     parser.add_argument("--materialize", action="store_true", help="write all data, also where links would do")
@@ -86,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         layers=options.layers,
         optimizer_state=options.optimizer_state,
         seed=options.seed,
+        maps=Path(options.maps) if options.maps else None,
     )
     how = {"materialize": options.materialize, "overwrite": options.overwrite, "dtype": options.dtype}
     if options.plan:

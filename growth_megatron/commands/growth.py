@@ -20,6 +20,7 @@ import torch
 from growth_megatron.checkpoint.folder.commit import exclusive, temporary_path
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.folder.target import check_new, check_room
+from growth_megatron.checkpoint.huggingface.safetensors_file import packed
 from growth_megatron.checkpoint.huggingface.writer import export_huggingface
 from growth_megatron.checkpoint.origin import HUGGINGFACE_PREFIX, Origin, find_origin
 from growth_megatron.commands.growth_forecast import forecast, render_forecast, render_map
@@ -31,6 +32,7 @@ from growth_megatron.data.tokenizer import tokenizer_file
 from growth_megatron.errors import CheckpointError, GrowthError
 from growth_megatron.growth.checked import CheckedGrowth, check_growth
 from growth_megatron.growth.execute import GrowthResult, carry_out
+from growth_megatron.growth.learned import MAPS_NAME, with_maps
 from growth_megatron.growth.lineage import growth_record
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth
@@ -155,6 +157,8 @@ def _checked(
         raise GrowthError(f"optimizer_state {growth.optimizer_state}, but a Hugging Face folder holds weights alone")
     policy = "reset" if weights_only else choose(growth).state_policy
     plan = plan_growth(origin.geometry, target, growth, request.seed)
+    if request.maps is not None:
+        plan = with_maps(plan, request.maps)
     if folder is not None:
         on_rank_zero(lambda: check_new(folder, origin.path, None if weights_only else overwrite))
     return check_growth(
@@ -191,6 +195,8 @@ def _to_huggingface(growth: CheckedGrowth, folder: Path, progress: BytesCallback
             source_is_sound=source_is_sound,
         )
     record = growth_record(growth.origin, growth.plan, growth.policy)
+    if growth.plan.maps is not None:
+        (folder / MAPS_NAME).write_bytes(packed(growth.plan.maps))
     (folder / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return [
         f"grew {folder} in {result.seconds:.1f} s: {format_bytes(result.bytes_written)} written in {len(result.files)} "

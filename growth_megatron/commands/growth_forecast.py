@@ -90,7 +90,7 @@ def tensor_map(plan: GrowthPlan) -> list[dict[str, Any]]:
 def describe_rule(rule: TensorRule) -> str:
     """One tensor's rule in a few words."""
     if rule.fill is not None:
-        return "zero" if rule.fill == "zeros" else "initialised anew"
+        return {"zeros": "zero", "initial": "initialised anew"}.get(rule.fill, "learned maps of the source's")
     names = ("rows", "columns") if len(rule.axes) == 2 else ("entries",)
     parts = [f"{name} {text}" for name, axis in zip(names, rule.axes, strict=True) if (text := _describe_axis(axis))]
     if rule.noise is not None:

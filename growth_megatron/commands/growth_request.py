@@ -31,11 +31,12 @@ _FILE_KEYS = ("model", "growth", "seed")
 
 @dataclass(frozen=True)
 class GrowthRequest:
-    """Sizes to set, options of the growth as given, the seed."""
+    """Sizes to set, options of the growth as given, the seed, a file or checkpoint with learned maps."""
 
     model: Mapping[str, Any]
     growth: GrowthConfig
     seed: int = 0
+    maps: Path | None = None
 
     def resolve(self, source: ModelConfig) -> tuple[ModelConfig, GrowthConfig]:
         """Target geometry and growth for a source.
@@ -72,6 +73,7 @@ def read_request(
     layers: str | None,
     optimizer_state: str | None,
     seed: int | None,
+    maps: Path | None = None,
 ) -> GrowthRequest:
     """The request of a GROWTH.yaml (``model:``, ``growth:``, ``seed:``) with the command line's options put over it.
 
@@ -95,7 +97,7 @@ def read_request(
     config = _validated(GrowthConfig, growth, "growth")
     if problems := option_problems(config):
         raise GrowthError(f"growth: {'; '.join(f'{key}: {text}' for key, text in problems)}")
-    return GrowthRequest(model, config, chosen)
+    return GrowthRequest(model, config, chosen, maps)
 
 
 def _count(layers: str | Sequence[int], source_layers: int) -> int:

@@ -14,7 +14,7 @@ from growth_megatron.commands.plan_tables import print_plan
 from growth_megatron.data.mixture import describe_draws, draws_of_stages
 from growth_megatron.errors import EXIT_OK, DataError
 from growth_megatron.growth.configuration import load_config
-from growth_megatron.train.plan import plan_run, plan_to_dict
+from growth_megatron.train.plan import plan_run, plan_to_dict, tokens_of_stages
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -37,9 +37,9 @@ def run(options: argparse.Namespace) -> int:
     plan = plan_run(config, options.world_size)
     data = None
     try:
-        drawn = draws_of_stages(config.stages)
+        drawn = draws_of_stages(config.stages, tokens_of_stages(config))
         data = [{"stages": names, **dataclasses.asdict(draw)} for names, found in drawn for draw in found]
-        text = describe_draws(config.stages)
+        text = describe_draws(config.stages, tokens_of_stages(config))
     except DataError as error:
         text = f"data: shares and epochs are not known yet: {error}"
     if options.json:

@@ -47,8 +47,19 @@ def _tables(plan: RunPlan, style: box.Box) -> RenderableType:
     for stage in plan.stages:
         grown = f" Grown by {stage.grown_by}." if stage.grown_by else ""
         groups = f" {stage.groups[0].upper()}{stage.groups[1:]}." if stage.groups else ""
-        parts.append(Text(_worst_line(stage) + grown + groups, style="bold"))
+        parts.append(Text(_worst_line(stage) + grown + groups + _learning_line(stage), style="bold"))
     return Group(*parts, *(Text(note, style="dim") for note in notes))
+
+
+def _learning_line(stage: StagePlan) -> str:
+    phase = stage.learning
+    if phase is None:
+        return ""
+    return (
+        f" Before it, maps are learned for {phase.steps} steps: {format_count(phase.tokens)} tokens, {phase.flops:.3e} "
+        f"FLOPs ({phase.map_flops:.3e} of them for the maps), {format_bytes(phase.total_bytes)} per rank without "
+        f"optimizer ({format_bytes(phase.extra_bytes)} of them for source and maps)."
+    )
 
 
 def _table(title: str, style: box.Box, *columns: str) -> Table:

@@ -36,24 +36,27 @@ def check_world_size(config: RunConfig, stage_index: int, world_size: int) -> No
             f"{where}: parallel.data_parallel_size is {wanted}, but world size {world_size} / ({degrees}) gives "
             f"{data_parallel_size}; start {wanted * size} ranks, or set it to {data_parallel_size} or leave it out"
         )
-    problems = _batch_problems(stage, data_parallel_size)
+    problems = _batch_problems(
+        stage, data_parallel_size, "training.global_batch_size", stage.training.global_batch_size
+    )
+    if stage.growth and stage.growth.learn and (batch := stage.growth.learn.global_batch_size):
+        problems += _batch_problems(stage, data_parallel_size, "growth.learn.global_batch_size", batch)
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
 
 
-def _batch_problems(stage: StageConfig, data_parallel_size: int) -> list[str]:
-    batch, micro = stage.training.global_batch_size, stage.training.micro_batch_size
-    pipeline = stage.parallel.pipeline_parallel_size
+def _batch_problems(stage: StageConfig, data_parallel_size: int, key: str, batch: int) -> list[str]:
+    micro, pipeline = stage.training.micro_batch_size, stage.parallel.pipeline_parallel_size
     unit = micro * data_parallel_size
     if batch % unit:
         return [
-            f"training.global_batch_size {batch} is not a multiple of micro_batch_size {micro} x data-parallel size "
+            f"{key} {batch} is not a multiple of micro_batch_size {micro} x data-parallel size "
             f"{data_parallel_size} = {unit}; set it to {_nearest_multiples(batch, unit)}"
         ]
     micro_batches = batch // unit
     if stage.parallel.model_chunks > 1 and micro_batches % pipeline:
         return [
-            f"training.global_batch_size {batch} gives {micro_batches} micro-batches per step, but a virtual pipeline "
+            f"{key} {batch} gives {micro_batches} micro-batches per step, but a virtual pipeline "
             f"needs a multiple of pipeline_parallel_size {pipeline}; set it to "
             f"{_nearest_multiples(batch, unit * pipeline)}, or remove virtual_pipeline_parallel_size"
         ]

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, model_validator
 from typing_extensions import Self
 
+from growth_megatron.config.schedule_schema import ScheduleConfig
 from growth_megatron.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -40,6 +41,15 @@ class MaskRamps(Section):
         return self
 
 
+class LearnConfig(Section):
+    """The phase in which the maps of a learned growth are trained, on the data that come next."""
+
+    steps: PositiveInt = 100
+    schedule: ScheduleConfig = ScheduleConfig(learning_rate=1e-3, warmup_steps=10)
+    global_batch_size: PositiveInt | None = Field(None, description="sequences per step; default: the stage's")
+    save_interval_steps: PositiveInt = Field(10, description="what a killed phase loses at most")
+
+
 class GrowthConfig(Section):
     """How a stage's model comes out of the one before it; ``growth.conditions`` says what each operator can do."""
 
@@ -63,6 +73,7 @@ class GrowthConfig(Section):
     )
     noise: Fraction = Field(0.0, description="the paper's a in W <- (1 - a) W + a noise, on the layers' matrices")
     ramp: MaskRamps | None = Field(None, description="steps over which masks open, as {hidden: [0, 500]}")
+    learn: LearnConfig | None = Field(None, description="of learned maps, as {steps: 200}")
     multipliers: bool = Field(
         False, description="learning rate, weight decay and epsilon per parameter such that the source run is followed"
     )

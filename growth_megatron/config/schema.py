@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from growth_megatron.config.growth_schema import GrowthConfig
+from growth_megatron.config.schedule_schema import ScheduleConfig
 from growth_megatron.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -228,27 +229,6 @@ class OptimizerConfig(Section):
     def tells_new_apart(self) -> bool:
         """Whether new parameters are trained otherwise than old ones."""
         return self.train_only == "new" or self.new_parameters != NewParametersConfig()
-
-
-class ScheduleConfig(Section):
-    """Learning rate as a pure function of the step within its scope."""
-
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    learning_rate: PositiveFloat = Field(le=1e6, description="peak")
-    min_learning_rate: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
-    decay_steps: PositiveInt | None = Field(
-        None,
-        description="cosine: step at which the minimum is reached; wsd: length of the final decay; default: "
-        "the stage's length (cosine), a tenth of it (wsd)",
-    )
-
-    @model_validator(mode="after")
-    def _order(self) -> Self:
-        if self.min_learning_rate > self.learning_rate:
-            text = f"{self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
-            refuse([("min_learning_rate", text)])
-        return self
 
 
 class TrainingConfig(Section):

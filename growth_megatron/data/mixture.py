@@ -68,19 +68,22 @@ def draws(data: DataConfig, tokens: int) -> list[Draw]:
     ]
 
 
-def draws_of_stages(stages: Sequence[StageConfig]) -> list[tuple[list[str], list[Draw]]]:
-    """For stages in a row that go on in the same samples: their names, and what they draw together."""
+def draws_of_stages(stages: Sequence[StageConfig], tokens: Sequence[int]) -> list[tuple[list[str], list[Draw]]]:
+    """For stages in a row that go on in the same samples: their names, and what they draw together.
+
+    ``tokens`` are those of each stage.
+    """
     found = []
-    for _, group in groupby(stages, key=lambda stage: stage.stream):
+    for _, group in groupby(zip(stages, tokens, strict=True), key=lambda pair: pair[0].stream):
         alike = list(group)
-        tokens = sum(stage.num_steps * stage.tokens_per_step for stage in alike)
-        found.append(([stage.name for stage in alike], draws(alike[0].data, tokens)))
+        together = sum(number for _, number in alike)
+        found.append(([stage.name for stage, _ in alike], draws(alike[0][0].data, together)))
     return found
 
 
-def describe_draws(stages: Sequence[StageConfig]) -> str:
+def describe_draws(stages: Sequence[StageConfig], tokens: Sequence[int]) -> str:
     """The same in words, a line for each change of data."""
-    found = draws_of_stages(stages)
+    found = draws_of_stages(stages, tokens)
     lines = []
     for names, drawn in found:
         of = f" of {', '.join(names)}" if len(found) > 1 else ""

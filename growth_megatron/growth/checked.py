@@ -20,6 +20,8 @@ from growth_megatron.checkpoint.folder.target import same_file_system
 from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.checkpoint.torch_dist.reader import DATA_SUFFIX
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.learned import MAPS_NAME
+from growth_megatron.growth.learned_maps import learned_reading
 from growth_megatron.growth.link import LinkPlan, can_link, plan_links
 from growth_megatron.growth.masks import masked_plan
 from growth_megatron.growth.plan import check_source_tensors
@@ -120,7 +122,12 @@ class CheckedGrowth:
                 if rule.source is not None and not from_master:  # a computed weight is its master, cast
                     read_dtype = dtype if example in stored else specs[""][1]  # a fresh master is its weight, widened
                     read += math.prod(rule.source_shape) * read_dtype.itemsize
-        return Costs(read, written, 0, WRITERS * _BYTES_PER_WRITER)
+        memory = WRITERS * _BYTES_PER_WRITER
+        if self.plan.is_learned:
+            base = specs.get(MASTER_PREFIX, specs[""])[1].itemsize
+            read, largest = learned_reading(self.plan)
+            read, memory = read * base, memory + 8 * (WRITERS + 1) * largest  # in float64, for each writer and the next
+        return Costs(read, written, 0, memory)
 
 
 def check_growth(
@@ -152,6 +159,11 @@ def check_growth(
         raise GrowthError(
             f"{origin.path} is of a growth whose masks are not open yet; train it on until they are and grow that, or "
             "export it with export-hf, which folds the masks into the weights, and grow the folder"
+        )
+    if plan.is_learned and plan.maps is None:
+        raise GrowthError(
+            f"{plan.operator} needs maps, which a run learns: give the growth to a stage (growth: {{operator: "
+            f"{plan.operator}}}), or name a checkpoint that was grown so, or its {MAPS_NAME}, with --maps"
         )
     if plan.ramps and weights_only:
         raise GrowthError(

@@ -15,7 +15,6 @@ from typing import Any
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, StageConfig
 from growth_megatron.errors import GrowthError
-from growth_megatron.growth.layers import resolve_layers
 from growth_megatron.growth.operators import Choice, choose, option_problems
 from growth_megatron.growth.operators.base import Width
 from growth_megatron.growth.ramps import mask_ramps
@@ -56,6 +55,10 @@ def growth_problems(source: ModelConfig, target: ModelConfig, growth: GrowthConf
     problems = [*_kept_problems(source, target, choice), *_depth_problems(source, target, choice)]
     changes = width_changes(source, target)
     if not changes:
+        same = tuple(range(source.num_layers))
+        if choice.is_learned and not problems and choice.layers(source.num_layers, target.num_layers) == same:
+            text = f"{growth.operator} learns maps of what grows, and nothing does; raise a size of the model"
+            return [("growth.operator", text)]
         return [*problems, *_idle_options(growth)]
     if choice.width is None:
         problems += [
@@ -145,7 +148,7 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, choice: Choice) ->
             yield "growth.layers", f"{growth.operator} changes the width alone; remove it, or use direct"
         return
     try:
-        layers = resolve_layers(growth.layers, before, after, depth.layers)
+        layers = choice.layers(before, after)
     except GrowthError as error:
         if growth.layers is not None:
             yield "growth.layers", str(error)
@@ -189,6 +192,9 @@ def _head_problems(source: ModelConfig, target: ModelConfig, width: Width) -> It
         if target.head_dim * target.num_attention_heads == target.hidden_size:
             text += f". It follows hidden_size / num_attention_heads: set head_dim {source.head_dim} to keep it"
         yield "model.head_dim", text
+    elif width.is_learned and target.head_dim > source.head_dim:
+        text = f"{width.name} mixes whole heads, so that rotary pairs keep their frequency; keep {source.head_dim}"
+        yield "model.head_dim", text + ", or use split"
     elif width.is_masked and target.head_dim > source.head_dim:
         text = f"new channels of an old head change its scores, which no mask hides; keep {source.head_dim}, or use "
         yield "model.head_dim", text + "split"

@@ -17,10 +17,12 @@ from typing import Any
 from growth_megatron.checkpoint.folder.files import FileOperations, expected_in
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.sums import summed_beside
+from growth_megatron.checkpoint.huggingface.safetensors_file import packed
 from growth_megatron.checkpoint.origin import Origin, checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.reader import COMMON_NAME
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.growth.checked import WRITERS, CheckedGrowth, check_growth
+from growth_megatron.growth.learned import MAPS_NAME
 from growth_megatron.growth.lineage import grown_common, grown_manifest, grown_objects, job_fingerprint
 from growth_megatron.growth.link import Linked, link_checkpoint
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState
@@ -51,6 +53,7 @@ def grow_checkpoint(
     *,
     stage: int | None = None,
     config_hash: str | None = None,
+    counters: Mapping[str, Any] | None = None,
     materialize: bool = False,
     overwrite: bool = False,
     files: FileOperations | None = None,
@@ -71,7 +74,14 @@ def grow_checkpoint(
     origin = source if isinstance(source, Origin) else on_all_ranks(lambda: checkpoint_origin(source))
     growth = check_growth(origin, plan, optimizer_state, target, materialize=materialize)
     return carry_out(
-        growth, target, stage=stage, config_hash=config_hash, overwrite=overwrite, files=files, progress=progress
+        growth,
+        target,
+        stage=stage,
+        config_hash=config_hash,
+        counters=counters,
+        overwrite=overwrite,
+        files=files,
+        progress=progress,
     )
 
 
@@ -81,6 +91,7 @@ def carry_out(
     *,
     stage: int | None = None,
     config_hash: str | None = None,
+    counters: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     verify_source: bool = False,
     files: FileOperations | None = None,
@@ -93,6 +104,7 @@ def carry_out(
     Args:
         stage: index of the stage that goes on from the target; default: the one after the source's.
         config_hash: of the configuration the growth is part of; default: the source's.
+        counters: fields of the manifest in which the stage that goes on differs from the source; default: none.
         overwrite: whether a checkpoint at ``target`` may be replaced.
         verify_source: read and sum the files that are linked, too.
         progress: called with the bytes done and in all, where data are written.
@@ -105,7 +117,7 @@ def carry_out(
     started = time.perf_counter()
     files = files or FileOperations()
     origin, plan, policy = growth.origin, growth.plan, growth.policy
-    manifest = grown_manifest(origin, plan, policy, stage, config_hash)
+    manifest = grown_manifest(origin, plan, policy, stage, config_hash, counters)
     common = on_all_ranks(lambda: _common(origin, manifest, policy))
     with summed_beside(origin.path, growth.summed_files(verify_source)) as source_is_sound:
         if growth.can_link:
@@ -119,7 +131,7 @@ def carry_out(
             manifest,
             common,
             objects=on_all_ranks(lambda: grown_objects(origin, plan.layers or ())),
-            extra_files=on_all_ranks(origin.extra_contents),
+            extra_files=on_all_ranks(lambda: _extra_files(origin, plan)),
             fingerprint=job_fingerprint(manifest),
             writers=WRITERS,
             overwrite=overwrite,
@@ -134,6 +146,12 @@ def carry_out(
         written.bytes_written,
         bytes_resumed=written.bytes_resumed,
     )
+
+
+def _extra_files(origin: Origin, plan: GrowthPlan) -> dict[str, bytes]:
+    """Of an earlier growth's maps the source has the only ones."""
+    kept = {name: content for name, content in origin.extra_contents().items() if name != MAPS_NAME}
+    return kept if plan.maps is None else {**kept, MAPS_NAME: packed(plan.maps)}
 
 
 def _common(origin: Origin, manifest: Manifest, policy: OptimizerState) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, Multipliers, library_version
+from growth_megatron.checkpoint.huggingface.safetensors_file import packed
 from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import regroup
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState
@@ -25,17 +26,24 @@ _STACKED_OBJECT = re.compile(
 
 
 def grown_manifest(
-    origin: Origin, plan: GrowthPlan, policy: OptimizerState, stage: int | None, config_hash: str | None
+    origin: Origin,
+    plan: GrowthPlan,
+    policy: OptimizerState,
+    stage: int | None,
+    config_hash: str | None,
+    counters: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of ``origin`` grown, complete but for its files.
 
     Args:
         stage: index of the stage that goes on from it; default: the one after the source's.
         config_hash: of the configuration the growth is part of; default: the source's.
+        counters: fields in which the stage that goes on differs from the source, such as its data; default: none.
     """
     source, record = origin.manifest, growth_record(origin, plan, policy)
     return source.model_copy(
         update={
+            **(counters or {}),
             "library_version": record.library_version,
             "stage": stage if stage is not None else source.stage + origin.is_of_a_run,
             "stage_step": 0,
@@ -64,6 +72,7 @@ def growth_record(origin: Origin, plan: GrowthPlan, policy: OptimizerState) -> G
         seed=plan.seed,
         library_version=library_version(),
         validation_loss_before=origin.manifest.validation_loss,
+        maps_sha256=None if plan.maps is None else hashlib.sha256(packed(plan.maps)).hexdigest(),
     )
 
 

@@ -47,7 +47,7 @@ class MaskedWeights:
     def __init__(self, plan: GrowthPlan, models: Sequence[MegatronModule]) -> None:
         self._plan = plan
         closed = Masks(plan, 0)  # masks only open: what they touch at all, they touch here
-        self._shards = [shard for shard in model_shards(models) if closed.factors(*shard[1:])]
+        self._shards = [shard for shard in model_shards(models) if closed.factors(shard.key, shard.region)]
         # Whatever kernels they run on, norms keep their epsilon as ``eps``; those of q and k keep theirs as it is.
         norms = [module for model in models for module in model.modules() if hasattr(module, "eps")]
         self._norms = norms if closed.norm_epsilon != plan.target_geometry.norm_epsilon else []
@@ -57,7 +57,7 @@ class MaskedWeights:
     def pour(self, stage_step: int) -> None:
         """Costs one copy of the masked weights, until they are put back."""
         masks = Masks(self._plan, stage_step)
-        for param, key, region in self._shards:
+        for param, key, region, _ in self._shards:
             if factors := masks.factors(key, region):
                 self._poured.append((param, factors, param.clone()))
                 param.copy_(masked(param, factors))

@@ -17,7 +17,6 @@ from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import GrowthError
 from growth_megatron.growth.conditions import check_growth, width_changes
-from growth_megatron.growth.layers import resolve_layers
 from growth_megatron.growth.operators import Choice, choose
 from growth_megatron.growth.operators.base import Depth
 from growth_megatron.growth.ramps import mask_ramps
@@ -50,15 +49,14 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
         GrowthError: the operator cannot do it; the message names the nearest possible values.
     """
     choice = check_growth(source, target, growth)
-    keep_all = range(source.num_layers)
-    layers = tuple(keep_all)
-    if choice.depth is not None:
-        layers = resolve_layers(growth.layers, source.num_layers, target.num_layers, choice.depth.layers)
+    keep_all, layers = range(source.num_layers), choice.layers(source.num_layers, target.num_layers)
     maps = WidthMaps(source, target, choice, seed)
     axes = {row: maps.axes(row) for row in (*outer_rows(target), *layer_rows(target))}
     rules = []
     for key, row in model_rows(target).items():
-        if (place := split_layer_key(key)) is not None:
+        if choice.is_learned:
+            rules.append(TensorRule(key, tuple(AxisRule(size) for size in row.shape(target)), fill="learned"))
+        elif (place := split_layer_key(key)) is not None:
             rules.append(_layer_rule(key, row, place[0], layers, axes[row], choice.depth))
         else:
             origin = EMBEDDING.name if row is OUTPUT and source.tie_embeddings else key
@@ -104,11 +102,13 @@ def plan_of_record(record: GrowthRecord) -> GrowthPlan:
 
 
 def stage_growth(manifest: Manifest | None) -> GrowthPlan | None:
-    """The growth that the stage of a checkpoint began with; None where it began with none."""
+    """The growth that the stage of a checkpoint began with, and that tells old from new; None where there is none."""
     if manifest is None or not manifest.lineage:
         return None
     record = manifest.lineage[-1]
-    return plan_of_record(record) if record.step == manifest.step - manifest.stage_step else None
+    if record.step != manifest.step - manifest.stage_step or record.maps_sha256 is not None:
+        return None  # learned maps mix all that was there into all that is
+    return plan_of_record(record)
 
 
 def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:

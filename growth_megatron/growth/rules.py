@@ -103,7 +103,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """How one target tensor comes about: out of a source tensor along each axis, or filled as a whole.
+    """How one target tensor comes about: out of a source tensor along each axis, or filled as a whole: with zeros,
+    initial values, or what learned maps make of all layers (``growth.learned``).
 
     ``state`` says what the tensor is to the optimizer: ``old``; a ``copy`` of a tensor that is there already; or
     ``new``, with zero moments under every policy.
@@ -112,7 +113,7 @@ class TensorRule:
     target: str
     axes: tuple[AxisRule, ...]
     source: str | None = None
-    fill: Literal["zeros", "initial"] | None = None
+    fill: Literal["zeros", "initial", "learned"] | None = None
     noise: Noise | None = None
     state: Literal["old", "copy", "new"] = "old"
 
@@ -149,7 +150,8 @@ class GrowthPlan:
     ``zero_gradient_at_first`` names the new parts that get no gradient in the first step, and why; ``inexact_moments``
     the parts whose carried moments only approximate those of the grown model. ``multipliers`` are those under which the
     grown run follows the source run, by model key with the layer number written ``*``; ``ramps`` those of the masks
-    (``growth.masks``), without which the rules alone are not the model at first.
+    (``growth.masks``), without which the rules alone are not the model at first; ``maps`` are learned ones by name
+    (``growth.learned``), once they are known.
     """
 
     operator: str
@@ -164,6 +166,12 @@ class GrowthPlan:
     ramps: Mapping[str, Ramp] = field(default_factory=dict)
     zero_gradient_at_first: tuple[str, ...] = ()
     inexact_moments: tuple[str, ...] = ()
+    maps: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether ``maps`` make the target's weights."""
+        return any(rule.fill == "learned" for rule in self.rules)
 
     @property
     def is_selection(self) -> bool:

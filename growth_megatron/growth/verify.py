@@ -30,6 +30,7 @@ from growth_megatron.checkpoint.verify import Check, Outcome, verify_files
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import listed
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
+from growth_megatron.growth.learned import with_maps
 from growth_megatron.growth.lineage import grown_multipliers
 from growth_megatron.growth.masks import MaskedSource, Masks
 from growth_megatron.growth.plan import plan_of_record
@@ -60,6 +61,7 @@ _BATCH, _SEQUENCE = 2, 32
 _STRIPS = 4
 _BLOCK_ELEMENTS = 1 << 20
 _NAMED = 3
+_SUMMED = 1e-12  # rounding of sums in float64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -111,7 +113,7 @@ def verify_huggingface_growth(folder: Path, full: bool = False) -> Iterator[Chec
         return
     try:
         record = GrowthRecord.model_validate_json((folder / RECORD_NAME).read_bytes())
-        plan = plan_of_record(record)
+        plan = _plan(record, folder)
     except (GrowthMegatronError, ValueError) as error:
         yield Check(folder, "plan", "FAILED", f"the recorded growth cannot be planned again: {_one_line(error)}")
         return
@@ -124,7 +126,7 @@ def verify_huggingface_growth(folder: Path, full: bool = False) -> Iterator[Chec
     dtype = target.spec(EMBEDDING.name).dtype
     other = dtype if dtype != grown.spec(EMBEDDING.name).dtype else None
     expected = _Unpadded(grown, plan.target_geometry, other)
-    yield Check(folder, "tensors", *_compare_with(expected, target, full))
+    yield Check(folder, "tensors", *_compare_with(expected, target, full, not plan.is_learned))
     yield Check(folder, "logits", *_compare_logits(origin.tensors, target, plan))
 
 
@@ -143,7 +145,9 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
         yield check("growth", "SKIPPED", text)
         return
     try:
-        plan = _plan(record, manifest)
+        if manifest.geometry != record.target_geometry:
+            raise CheckpointError("the manifest's geometry is not the one that its newest growth led to")
+        plan = _plan(record, checkpoint)
     except (GrowthMegatronError, ValueError) as error:  # pydantic's errors are ValueErrors
         yield check("plan", "FAILED", f"the recorded growth cannot be planned again: {_one_line(error)}")
         return
@@ -168,10 +172,9 @@ def verify_growth(checkpoint: Path, full: bool = False) -> Iterator[Check]:
         yield check(subject, outcome, text, **figures)
 
 
-def _plan(record: GrowthRecord, manifest: Manifest) -> GrowthPlan:
-    if manifest.geometry != record.target_geometry:
-        raise CheckpointError("the manifest's geometry is not the one that its newest growth led to")
-    return plan_of_record(record)
+def _plan(record: GrowthRecord, folder: Path) -> GrowthPlan:
+    plan = plan_of_record(record)
+    return with_maps(plan, folder, record.maps_sha256) if plan.is_learned else plan
 
 
 def _recorded_source(checkpoint: Path, record: GrowthRecord, full: bool) -> Origin | str:
@@ -200,15 +203,15 @@ def _compare_tensors(source: TensorSource, target: DistCheckpoint, plan: GrowthP
     """Every tensor of the plan against the stored one, bit by bit."""
     if _has_state(target) and not _has_state(source):
         source = WithFreshOptimizer(source)
-    return _compare_with(GrownSource(source, plan, policy), target, full)
+    return _compare_with(GrownSource(source, plan, policy), target, full, not plan.is_learned)
 
 
-def _compare_with(grown: TensorSource, target: TensorSource, full: bool) -> Result:
+def _compare_with(grown: TensorSource, target: TensorSource, full: bool, exact: bool) -> Result:
     stored, expected = set(target.keys()), grown.keys()
     wrong = [f"{key} is missing" for key in expected if key not in stored]
     wrong += [f"{key} is not of this model" for key in sorted(stored.difference(expected))]
     for key in expected:
-        if key in stored and (difference := _first_difference(target, grown, key, full)):
+        if key in stored and (difference := _first_difference(target, grown, key, full, exact)):
             wrong.append(difference)
     if wrong:
         count = f"{len(wrong)} of {len(expected)} tensors are not what the plan gives"
@@ -219,16 +222,23 @@ def _compare_with(grown: TensorSource, target: TensorSource, full: bool) -> Resu
     return "OK", text, {"wrong_tensors": 0}
 
 
-def _first_difference(target: TensorSource, grown: TensorSource, key: str, full: bool) -> str | None:
-    """Where the first value of a tensor that is not the plan's lies, and both values."""
+def _first_difference(target: TensorSource, grown: TensorSource, key: str, full: bool, exact: bool) -> str | None:
+    """Where the first value of a tensor that is not the plan's lies, and both values.
+
+    What dense maps make depends on how a machine adds up, in the last bit: then not ``exact``.
+    """
     spec, planned = target.spec(key), grown.spec(key)
     if spec != planned:
         return f"{key} is {spec.shape} in {spec.dtype}, the plan gives {planned.shape} in {planned.dtype}"
     regions = row_blocks(spec.shape, _BLOCK_ELEMENTS) if full else _sampled_rows(key, spec.shape)
     for region in regions:
         here, there = target.read(key, region), grown.read(key, region)
-        bits = _BITS[spec.dtype.itemsize]
-        different = here.contiguous().view(bits) != there.contiguous().view(bits)
+        if exact:
+            bits = _BITS[spec.dtype.itemsize]
+            different = here.contiguous().view(bits) != there.contiguous().view(bits)
+        else:
+            last_bit = torch.finfo(spec.dtype).eps
+            different = ~torch.isclose(here.double(), there.double(), rtol=last_bit, atol=_SUMMED)
         if different.any():
             place = tuple(different.nonzero()[0].tolist())
             position = [start + part.start for start, part in zip(place, region, strict=True)]

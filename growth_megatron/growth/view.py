@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.learned import MappedWeights
 from growth_megatron.growth.plan import check_source_tensors
 from growth_megatron.growth.rules import RANDOM, AxisRule, GrowthPlan, Noise, TensorRule, check_optimizer_state
 from growth_megatron.model.init import InitSource
@@ -50,7 +51,9 @@ class GrownSource:
         keys = source.keys()
         self._dtypes = {split_state_key(key)[0]: source.spec(key).dtype for key in keys}
         self._rules = {prefix + rule.target: (prefix, rule) for prefix in self._dtypes for rule in plan.rules}
-        self._init = InitSource(plan.target_geometry, plan.seed)
+        self._init: InitSource | MappedWeights = InitSource(plan.target_geometry, plan.seed)
+        if plan.is_learned:
+            self._init = MappedWeights(source, plan)
 
     def keys(self) -> list[str]:
         """All tensors of the grown model, under every prefix that the source has."""

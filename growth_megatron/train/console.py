@@ -147,6 +147,11 @@ def event_line(record: Record) -> str:
     return f"{kind:<10}  {at}{text}"
 
 
+def _learn_text(record: Record) -> str:
+    values = [f"{label} {value}" for label, value in train_values(record).items() if value != "n/a"]
+    return f"{record['stage']}  maps {record['phase_step']}/{record['phase_steps']}  {'  '.join(values)}"
+
+
 def _validation_text(record: Record) -> str:
     flops = record.get("flops")
     cost = "" if flops is None else f"  after {count(record.get('consumed_tokens'))} tokens, {flops:.3g} FLOPs"
@@ -192,6 +197,7 @@ def _evaluation_text(record: Record) -> str:
 
 
 _EVENT_TEXTS = {
+    "learn": _learn_text,
     "validation": _validation_text,
     "checkpoint": _checkpoint_text,
     "growth": _growth_text,

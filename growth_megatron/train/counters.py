@@ -45,10 +45,9 @@ class Counters:
         stored = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)}
         return cls(**{**stored, "flops_6nd": 0.0} if manifest.flops == 0 else stored)
 
-    def entering(self, config: RunConfig) -> Counters:
-        """At a stage's start: other samples than those of the stage before begin with their first."""
-        stage, before = config.stages[self.stage], config.stages[max(self.stage - 1, 0)]
-        if self.stage_step or stage.stream == before.stream:
+    def entering(self, stage: StageConfig, before: StageConfig) -> Counters:
+        """From one stage to the next: other samples than those of the stage before begin with their first."""
+        if stage.stream == before.stream:
             return self
         return dataclasses.replace(self, consumed_samples=0, skipped_samples=0)
 
@@ -62,6 +61,18 @@ class Counters:
             consumed_samples=self.consumed_samples + stage.training.global_batch_size,
             consumed_tokens=self.consumed_tokens + stage.tokens_per_step,
             flops=self.flops + float(flops_per_token(stage.model)) * stage.tokens_per_step,
+            flops_6nd=None if self.flops_6nd is None else self.flops_6nd + more_6nd,
+        )
+
+    def after_learning(self, stage: StageConfig, map_flops: int, steps: int) -> Counters:
+        """The counters after some steps of learning maps with ``stage``'s model and batch, no steps of the run."""
+        tokens = steps * stage.tokens_per_step
+        more_6nd = 6.0 * parameter_count(stage.model).total * tokens
+        return dataclasses.replace(
+            self,
+            consumed_samples=self.consumed_samples + steps * stage.training.global_batch_size,
+            consumed_tokens=self.consumed_tokens + tokens,
+            flops=self.flops + float(flops_per_token(stage.model)) * tokens + float(map_flops) * steps,
             flops_6nd=None if self.flops_6nd is None else self.flops_6nd + more_6nd,
         )
 

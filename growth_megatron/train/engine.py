@@ -90,11 +90,34 @@ class Engine:
 
     def finish(self) -> None:
         """Wrap the models and build the optimizer: after initial weights are in, since it copies its masters here."""
-        parallel, settings = self.stage.parallel, self.stage.optimizer
-        config = self.models[0].config
+        self._wrap(use_distributed_optimizer=True)
+        settings, config = self.stage.optimizer, self.models[0].config
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=self.stage.schedule.learning_rate,
+            min_lr=self.stage.schedule.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad or math.inf,  # without clipping the norm is still wanted
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=self.stage.parallel.overlap_param_gather,
+        )
+        self._optimizer = get_megatron_optimizer(
+            optimizer_config, self.wrapped, self._overrides(optimizer_config), use_gloo_process_groups=False
+        )
+        self._epsilon_multipliers = [group.get(EPSILON, 1.0) for group in self.optimizer.param_groups]
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def _wrap(self, use_distributed_optimizer: bool) -> None:
+        """Gradient buffers and their reduction."""
+        parallel, config = self.stage.parallel, self.models[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
+            use_distributed_optimizer=use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             check_for_nan_in_grad=False,
@@ -109,25 +132,6 @@ class Engine:
             )
             for index, model in enumerate(self.models)
         ]
-        optimizer_config = OptimizerConfig(
-            optimizer="adam",
-            lr=self.stage.schedule.learning_rate,
-            min_lr=self.stage.schedule.min_learning_rate,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.epsilon,
-            clip_grad=settings.clip_grad or math.inf,  # without clipping the norm is still wanted
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=True,
-            overlap_param_gather=parallel.overlap_param_gather,
-        )
-        self._optimizer = get_megatron_optimizer(
-            optimizer_config, self.wrapped, self._overrides(optimizer_config), use_gloo_process_groups=False
-        )
-        self._epsilon_multipliers = [group.get(EPSILON, 1.0) for group in self.optimizer.param_groups]
-        config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.wrapped]
@@ -191,9 +195,7 @@ class Engine:
         ``stop_requested`` and ``failed`` (this rank has no batches; it was given some to take part) of any rank come
         back on all of them, so that all leave at the same step.
         """
-        for model in self.wrapped:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._clear_gradients()
         if self.live is not None and self.live.is_over(stage_step):
             self.live = None
         if self.live is None:
@@ -208,6 +210,12 @@ class Engine:
         grad_norm = self._update(learning_rate, stage_step, measures)
         norms = dict(self.groups.figures) if self.groups is not None else {}
         return StepResult(loss, grad_norm, stop, taken=math.isfinite(grad_norm), norms=norms)
+
+    def _clear_gradients(self) -> None:
+        for model in self.wrapped:
+            model.zero_grad_buffer()
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
 
     @torch.no_grad()
     def _update(self, learning_rate: float, stage_step: int, measures: bool) -> float:

@@ -24,13 +24,14 @@ from growth_megatron.checkpoint.folder.run_directory import RunDirectory
 from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
-from growth_megatron.data.loader import BatchLoader, validation_batches
+from growth_megatron.data.loader import BatchLoader
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.parallel import collectives
+from growth_megatron.train.batches import read_step, validation_set
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
-from growth_megatron.train.engine import Batch, Engine, StepResult
+from growth_megatron.train.engine import Engine, StepResult
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
 from growth_megatron.train.health import RollBack, fault, highest_loss, stopping
 from growth_megatron.train.metrics import Metrics
@@ -87,7 +88,7 @@ class StageLoop:
         self._saved_step = counters.step if start else -1
         self._evaluated_step, self._validation_loss = -1, float("nan")
         self._tasks_step = -1
-        self._validation = collectives.on_all_ranks(self._validation_batches)
+        self._validation = collectives.on_all_ranks(lambda: validation_set(self._data.validation, self.stage))
         self._rollback: RollBack | None = None
         self._skipped_in_a_row = 0
         self._leaving = False
@@ -174,7 +175,7 @@ class StageLoop:
     def _step(self, loader: BatchLoader) -> bool:
         self.context.watchdog.alive("waiting for data", self.counters.step)
         started = time.perf_counter()
-        batches, error = self._read(loader)
+        batches, error = read_step(loader, self.counters.next_sample, self.stage)
         self._window_data_s += time.perf_counter() - started
         position, total = schedule_position(self.config, self.counters.stage, self.counters.stage_step)
         rate = learning_rate(self.stage.schedule, position, total)
@@ -191,7 +192,7 @@ class StageLoop:
             measures=(self.counters.step + 1) % every == 0,
         )
         if result.failed:
-            collectives.on_all_ranks(partial(_raise, error))
+            collectives.on_all_ranks(partial(raise_it, error))
         self.counters = self.counters.after_step(self.stage)
         self._window_steps += 1
         self.context.watchdog.alive("between steps", self.counters.step)
@@ -214,16 +215,6 @@ class StageLoop:
         if self._due(self.config.checkpoint.interval_steps) and not last:
             self._save(self.config.checkpoint.async_save)
         return result.stop_requested
-
-    def _read(self, loader: BatchLoader) -> tuple[list[Batch], Exception | None]:
-        """The step's micro-batches; where they cannot be read, others, that no rank wait for this one, and why."""
-        try:
-            return [_to_device(batch) for batch in loader.micro_batches(self.counters.next_sample)], None
-        except Exception as error:  # raised on all ranks after the step
-            shape = self.stage.training.micro_batch_size, self.stage.model.sequence_length
-            ids = torch.zeros(shape, dtype=torch.int64)
-            blank = _to_device({"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.zeros(shape)})
-            return [blank] * loader.num_micro_batches, error
 
     def _not_taken(self, result: StepResult, bound: float) -> None:
         """Do as ``training.on_non_finite`` says; the counters are those after the step."""
@@ -269,7 +260,7 @@ class StageLoop:
             mfu=mfu(flops_per_s, peak),
             step_time_s=seconds,
             data_time_s=data_s,
-            memory_bytes=int(collectives.largest(_memory_bytes())),
+            memory_bytes=int(collectives.largest(memory_bytes())),
         )
 
     def _peak_flops_per_s(self) -> float | None:
@@ -385,38 +376,17 @@ class StageLoop:
             validation_loss=self._validation_loss if self._evaluated_step == self.counters.step else None,
         )
 
-    def _validation_batches(self) -> list[Batch]:
-        if self._data.validation is None:
-            return []
-        batches = list(
-            validation_batches(
-                self._data.validation,
-                self.stage.training.micro_batch_size,
-                parallel_state.get_data_parallel_rank(),
-                parallel_state.get_data_parallel_world_size(),
-            )
-        )
-        if self.stage.parallel.model_chunks > 1:
-            # The interleaved schedule takes micro-batches by the pipeline size; the filling counts for nothing.
-            empty = {**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])}
-            batches += [empty] * (-len(batches) % self.stage.parallel.pipeline_parallel_size)
-        return [_to_device(batch) for batch in batches]
-
     def _stop_message(self) -> str:
         return f"stopped early on request at step {self.counters.step}; re-run the same command to resume"
 
 
-def _raise(error: Exception | None) -> None:
+def raise_it(error: Exception | None) -> None:
+    """Raises ``error`` if there is one."""
     if error is not None:
         raise error
 
 
-def _to_device(batch: Batch) -> Batch:
-    device = torch.cuda.current_device()
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Peak device memory of this rank; without a device its resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

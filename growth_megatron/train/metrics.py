@@ -34,6 +34,10 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         "step", "stage", "stage_step", "consumed_tokens", "consumed_samples", "flops", "flops_6nd", "loss", "grad_norm",
         "learning_rate", "tokens_per_s", "tflops_per_s", "mfu", "step_time_s", "data_time_s", "memory_bytes",
     ),
+    "learn": (
+        "step", "stage", "phase_step", "phase_steps", "consumed_tokens", "consumed_samples", "flops", "flops_6nd",
+        "loss", "grad_norm", "learning_rate", "tokens_per_s", "step_time_s", "memory_bytes",
+    ),
     "validation": ("step", "consumed_tokens", "flops", "flops_6nd", "validation_loss"),
     "growth": (
         "step", "operator", "source", "target", "source_geometry", "target_geometry", "optimizer_state",
@@ -56,7 +60,7 @@ class Metrics(Protocol):
         """A step is done that has no record."""
         ...
 
-    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+    def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         """Forget what a resumed run is going to do again."""
         ...
 
@@ -77,7 +81,7 @@ class NullMetrics(Metrics):
         pass
 
     @override
-    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+    def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         pass
 
     @override
@@ -138,19 +142,20 @@ class MetricsLogger:
         """Move the live view between two records; free on a console without one."""
         self._console.progress(step, stage)
 
-    def rewind(self, step: int, *, before_growth: bool = False) -> None:
+    def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         """Forget what a resumed run is going to do again; call before the first ``log`` of a resumed run.
 
         Args:
             step: the step resumed from; records of later steps go, by a new file and a rename.
             before_growth: the resumed checkpoint is a stage's end whose growth is still to come, so a growth at this
                 step goes too, and what followed it.
+            learned: steps of learning maps at this step that are not done again; all that are recorded if None.
         """
         self._close_file()
         if self.path.exists():
             temporary = self.path.with_suffix(".jsonl.tmp")
             with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in _until(self.path, step, before_growth))
+                file.writelines(json.dumps(record) + "\n" for record in _until(self.path, step, before_growth, learned))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
@@ -235,7 +240,7 @@ def _records(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str,
         yield record
 
 
-def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any]]:
+def _until(path: Path, step: int, before_growth: bool, learned: int | None) -> Iterator[dict[str, Any]]:
     """Records up to ``step``; one without a step belongs to what precedes it. Damage stops no run that can go on."""
     keep, damaged = True, list[int]()
     for record in _records(path, damaged):
@@ -245,6 +250,8 @@ def _until(path: Path, step: int, before_growth: bool) -> Iterator[dict[str, Any
             if before_growth and at == step and "grow" in (record["kind"][:4], record.get("event")):
                 keep = False  # from the event that announces a growth, or its record, on
         # A checkpoint written in the background is recorded behind later steps.
+        if learned is not None and at == step and record.get("phase_step", 0) > learned:
+            continue
         if keep or (record["kind"] == "checkpoint" and at is not None and at <= step):
             yield record
     if damaged:

@@ -158,7 +158,7 @@ def _masks(
         for param in model.parameters():
             result[param] = torch.zeros(param.shape, dtype=torch.bool, device=param.device), False
     places = sorted(((param.data_ptr(), param) for param in result), key=lambda place: place[0])
-    for data, key, region in model_shards(models):
+    for data, key, region, _ in model_shards(models):
         param = next(param for start, param in reversed(places) if start <= data.data_ptr())
         mask, _ = result[param]
         offset = (data.data_ptr() - param.data_ptr()) // data.element_size()

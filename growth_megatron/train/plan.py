@@ -15,6 +15,7 @@ from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
+from growth_megatron.growth.learned_maps import map_costs, phase_of
 from growth_megatron.growth.new_parts import describe_groups
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.ramps import describe_ramps, mask_ramps
@@ -34,7 +35,22 @@ __all__ = ["RunPlan", "StagePlan", "flops_per_token", "parameter_count", "plan_r
 _GROWING = (*GEOMETRY_FIELDS, "norm_epsilon", "tie_embeddings")
 """What a growth may change."""
 
-_SHOWN_OTHERWISE = {"operator", "layers", "optimizer_state", "schedule", "ramp"}
+_SHOWN_OTHERWISE = {"operator", "layers", "optimizer_state", "schedule", "ramp", "learn"}
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """Learning the maps of a growth before its stage. ``map_flops`` of the ``flops`` are not the model's own;
+    ``extra_bytes`` of ``total_bytes`` are source, maps and what the work on them takes; both of the worst rank.
+    """
+
+    steps: int
+    tokens: int
+    flops: int
+    map_flops: int
+    flops_6nd: int
+    extra_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,8 @@ class StagePlan:
     groups: str
     """What is trained otherwise than the rest, in words; most often nothing."""
     share: float
-    """Share of the run's FLOPs."""
+    """Share of the run's FLOPs; that of learning its maps is not in it."""
+    learning: LearningPlan | None = None
 
     @property
     def flops_6nd(self) -> int:
@@ -90,18 +107,18 @@ class RunPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all stages."""
-        return sum(stage.tokens for stage in self.stages)
+        """Tokens of all stages, and of learning maps."""
+        return sum(stage.tokens + (stage.learning.tokens if stage.learning else 0) for stage in self.stages)
 
     @property
     def flops(self) -> int:
-        """FLOPs of all stages, by ``flops_per_token``."""
-        return sum(stage.flops for stage in self.stages)
+        """FLOPs of all stages, by ``flops_per_token``, and of learning maps."""
+        return sum(stage.flops + (stage.learning.flops if stage.learning else 0) for stage in self.stages)
 
     @property
     def flops_6nd(self) -> int:
-        """6 N D summed over the stages."""
-        return sum(stage.flops_6nd for stage in self.stages)
+        """6 N D, likewise."""
+        return sum(stage.flops_6nd + (stage.learning.flops_6nd if stage.learning else 0) for stage in self.stages)
 
 
 def plan_run(config: RunConfig, world_size: int | None = None) -> RunPlan:
@@ -117,8 +134,48 @@ def plan_run(config: RunConfig, world_size: int | None = None) -> RunPlan:
     worlds = [world_size] * len(config.stages) if world_size is not None else _default_worlds(config)
     for index, world in enumerate(worlds):
         check_world_size(config, index, world)
-    total = sum(stage.num_steps * stage.tokens_per_step * flops_per_token(stage.model) for stage in config.stages)
+    total = total_flops(config)
     return RunPlan(tuple(_plan_stage(config, index, world, total) for index, world in enumerate(worlds)))
+
+
+def tokens_of_stages(config: RunConfig) -> list[int]:
+    """Of each stage, with those on which maps for it are learned."""
+    phases = [plan_learning(config, index, 1) for index in range(len(config.stages))]
+    own = [stage.num_steps * stage.tokens_per_step for stage in config.stages]
+    return [tokens + (phase.tokens if phase else 0) for tokens, phase in zip(own, phases, strict=True)]
+
+
+def total_flops(config: RunConfig) -> int:
+    """Of all stages, and of learning maps."""
+    phases = (plan_learning(config, index, 1) for index in range(len(config.stages)))
+    stages = sum(stage.num_steps * stage.tokens_per_step * flops_per_token(stage.model) for stage in config.stages)
+    return stages + sum(phase.flops for phase in phases if phase)
+
+
+def plan_learning(config: RunConfig, index: int, data_parallel_size: int) -> LearningPlan | None:
+    """The phase before a stage; None where it learns no maps."""
+    growth = config.stages[index].growth or GrowthConfig()
+    if index == 0 or not choose(growth).is_learned:
+        return None
+    source, (learn, stage) = config.stages[index - 1].model, phase_of(config.stages[index])
+    layers = choose(growth).layers(source.num_layers, stage.model.num_layers)
+    micro_batches = max(1, stage.training.global_batch_size // (stage.training.micro_batch_size * data_parallel_size))
+    extra, total = [], []
+    for rank in range(stage.parallel.pipeline_parallel_size):
+        memory = rank_memory(stage, rank, data_parallel_size, micro_batches)
+        costs = map_costs(source, stage.model, layers, stage.parallel, rank)
+        extra.append(costs.extra_bytes)
+        total.append(memory.weights_bytes + memory.gradients_bytes + memory.activations_bytes + costs.extra_bytes)
+    tokens, map_flops = learn.steps * stage.tokens_per_step, learn.steps * map_costs(source, stage.model, layers).flops
+    return LearningPlan(
+        steps=learn.steps,
+        tokens=tokens,
+        flops=tokens * flops_per_token(stage.model) + map_flops,
+        map_flops=map_flops,
+        flops_6nd=6 * parameter_count(stage.model).total * tokens,
+        extra_bytes=max(extra),
+        total_bytes=max(total),
+    )
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
@@ -128,7 +185,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
         entry = {
             field.name: getattr(stage, field.name)
             for field in dataclasses.fields(stage)
-            if field.name not in ("model", "parallel", "parameters", "ranks")
+            if field.name not in ("model", "parallel", "parameters", "ranks", "learning")
         }
         entry["model"] = stage.model.model_dump(mode="json")
         entry["parallel"] = stage.parallel.model_dump(mode="json")
@@ -136,6 +193,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
         entry["parameters_without_embeddings"] = stage.parameters.without_embeddings
         entry["flops_6nd"] = stage.flops_6nd
         entry["ranks"] = [{**dataclasses.asdict(rank), "total_bytes": rank.total_bytes} for rank in stage.ranks]
+        entry["learning"] = dataclasses.asdict(stage.learning) if stage.learning else None
         entry["worst_pipeline_rank"] = stage.worst.pipeline_rank
         stages.append(entry)
     return {
@@ -185,6 +243,7 @@ def _plan_stage(config: RunConfig, index: int, world_size: int, total_flops: int
         checkpoint_bytes=checkpoint_bytes(stage.model, stage.training),
         groups=_groups(config, index),
         share=per_token * tokens / total_flops,
+        learning=plan_learning(config, index, data_parallel_size),
     )
 
 

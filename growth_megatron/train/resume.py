@@ -137,6 +137,12 @@ def _check_groups(config: RunConfig, manifest: Manifest | None) -> None:
     for number, stage in enumerate(config.stages):
         frozen_keys(stage.optimizer.freeze, stage.model)
         begins = number == 0 and (manifest is None or manifest.stage == 0)
+        learned = stage.growth is not None and choose(stage.growth).is_learned
+        if learned and stage.optimizer.tells_new_apart:
+            raise ConfigError(
+                f"optimizer of stage {stage.name} treats new parameters apart, but learned maps mix what was there "
+                "into all of them; leave out train_only and new_parameters"
+            )
         if begins and stage.optimizer.tells_new_apart and stage_growth(manifest) is None:
             raise ConfigError(
                 f"optimizer of stage {stage.name} treats new parameters apart, and the stage begins with no growth; "

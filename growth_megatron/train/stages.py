@@ -30,6 +30,7 @@ from growth_megatron.checkpoint.origin import checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.lines import describe_options, geometry_changes
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.progress_bar import bytes_progress
@@ -52,16 +53,17 @@ from growth_megatron.growth.live import live_map
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_growth, stage_growth
 from growth_megatron.growth.rules import GrowthPlan
-from growth_megatron.model.cost import flops_per_token
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.health import RollBack
+from growth_megatron.train.learning import Learned, LearningPhase, forget_phase
 from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
 from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.parameter_groups import ParameterGroups
+from growth_megatron.train.plan import tokens_of_stages, total_flops
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
 from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start
 from growth_megatron.train.watchdog import Watchdog
@@ -151,12 +153,17 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
             context.metrics.log("event", step=counters.step, event="done", message=_done_message(context, counters))
             return EXIT_OK
         try:
-            if manifest is not None and counters.ends_stage(config):
-                growth = _grow(context, choice, manifest)
+            grows = manifest is not None and counters.ends_stage(config)
+            learns = grows and choose(config.stages[counters.stage + 1].growth or GrowthConfig()).is_learned
+            stage = counters.stage + grows
+            wanted = required_world_size(config, stage, context.world_size)
+            if wanted != context.world_size and (learns or not grows):  # another growth needs no layout
+                return collectives.on_rank_zero(partial(_hand_over, context, counters, stage, wanted))
+            if manifest is not None and grows:
+                growth = _grow(context, choice, manifest, counters)
+                if growth is None:
+                    return EXIT_STOPPED_EARLY
             else:
-                wanted = required_world_size(config, counters.stage, context.world_size)
-                if wanted != context.world_size:
-                    return collectives.on_rank_zero(partial(_hand_over, context, counters, wanted))
                 ended = _train_stage(context, choice, counters, growth)
                 growth = None
                 if isinstance(ended, RollBack):
@@ -175,14 +182,10 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
 
 def _counters(context: RunContext, manifest: Manifest | None) -> Counters:
     """Where the run stands: as its checkpoint says, past the samples that a rollback to it passes over."""
-    counters = _stored_counters(context, manifest)
+    counters = Counters.of_manifest(manifest) if manifest else Counters()
     records = collectives.on_rank_zero(partial(_recorded, context.directory.path, "event", counters.step))
     skipped = [record["skipped_samples"] for record in records if record["event"] == "rollback"]
     return dataclasses.replace(counters, skipped_samples=max([counters.skipped_samples, *skipped]))
-
-
-def _stored_counters(context: RunContext, manifest: Manifest | None) -> Counters:
-    return Counters.of_manifest(manifest).entering(context.loaded.config) if manifest else Counters()
 
 
 def _roll_back(context: RunContext, order: RollBack, rollbacks: Counter[int], stage: int) -> ResumeChoice:
@@ -193,7 +196,7 @@ def _roll_back(context: RunContext, order: RollBack, rollbacks: Counter[int], st
     settings = context.loaded.config.checkpoint
     mode = "must" if context.directory.checkpoints() else "auto" if settings.resume == "never" else settings.resume
     choice = collectives.on_rank_zero(lambda: choose_start(context.directory, settings, mode))
-    start = _stored_counters(context, choice.manifest)
+    start = Counters.of_manifest(choice.manifest) if choice.manifest else Counters()
     rollbacks[start.step] += 1
     if rollbacks[start.step] > context.loaded.config.stages[stage].training.non_finite_limit:
         raise GrowthMegatronError(
@@ -244,6 +247,7 @@ def _train_stage(
         context.metrics.log("event", step=counters.step, event="multipliers", message=message)
     loop = StageLoop(context, engine, choice.manifest, counters)
     if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
+        collectives.on_rank_zero(partial(forget_phase, context.directory.path))
         loop.note_loss_after_growth(_record_growth(context, choice.path, choice.manifest, loop, growth))
     finished = loop.run()
     engine.close()
@@ -255,8 +259,11 @@ def _train_stage(
     return finished
 
 
-def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> GrowthResult:
-    """Write the next stage's starting checkpoint out of this stage's last; all ranks share the work."""
+def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest, counters: Counters) -> GrowthResult | None:
+    """Write the next stage's starting checkpoint out of this stage's last; all ranks share the work.
+
+    None if the run is to stop while maps are learned for it.
+    """
     config, number = context.loaded.config, manifest.stage + 1
     stage = config.stages[number]
     assert choice.path is not None
@@ -265,6 +272,14 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
     policy = choose(stage.growth).state_policy
     path = choice.path
     origin = collectives.on_all_ranks(lambda: checkpoint_origin(path, whole=False))  # seen to be when it was chosen
+    counters = counters.entering(stage, config.stages[manifest.stage])
+    data = context.data.of(stage)
+    learned: Learned | None = None
+    if plan.is_learned:
+        learned = LearningPhase(context, origin, plan, stage, counters).run()
+        if learned is None:
+            return None
+        plan, counters = learned.plan, learned.counters
     collectives.on_rank_zero(lambda: context.directory.make_way(manifest.step, grown=True))  # a damaged one
     with bytes_progress("growing") as progress:
 
@@ -280,14 +295,20 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest) -> Grow
             policy,
             stage=number,
             config_hash=context.loaded.hash,
+            counters={**dataclasses.asdict(counters), "data_fingerprint": dict(data.fingerprint)},
             progress=report,
         )
-    collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, policy, result))
+    collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, policy, result, learned))
     return result
 
 
 def _announce_growth(
-    context: RunContext, manifest: Manifest, plan: GrowthPlan, policy: str, result: GrowthResult
+    context: RunContext,
+    manifest: Manifest,
+    plan: GrowthPlan,
+    policy: str,
+    result: GrowthResult,
+    learned: Learned | None,
 ) -> None:
     context.directory.point_latest(result.path)
     how = plan.operator + describe_options(plan.options, plan.seed)
@@ -295,6 +316,10 @@ def _announce_growth(
     layers, kept = plan.layers or (), ""
     if layers != tuple(range(plan.source_geometry.num_layers)):
         kept = f"{100 * connection_rate(layers):.1f} % of layer connections kept, "
+    if learned is not None:
+        kept = "maps learned, "
+        if learned.loss_before is not None and learned.loss_after is not None:
+            kept = f"maps learned, validation loss {learned.loss_before:.4f} -> {learned.loss_after:.4f}, "
     context.metrics.log(
         "event",
         step=manifest.step,
@@ -338,13 +363,11 @@ def _recorded(directory: Path, kind: str, step: int) -> list[dict[str, Any]]:
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:
-    stages = loaded.config.stages
-    total = sum(float(flops_per_token(s.model)) * s.tokens_per_step * s.num_steps for s in stages)
     return MetricsLogger(
         directory.path,
         loaded.config.logging,
-        {stage.name: stage.num_steps for stage in stages},
-        total_flops=total,
+        {stage.name: stage.num_steps for stage in loaded.config.stages},
+        total_flops=float(total_flops(loaded.config)),
         config=loaded.config.model_dump(mode="json"),
     )
 
@@ -355,11 +378,10 @@ def _rewind(context: RunContext, choice: ResumeChoice) -> None:
         collectives.on_rank_zero(partial(context.metrics.rewind, -1))
         return
     config = context.loaded.config
-    counters, stage = Counters.of_manifest(manifest), config.stages[manifest.stage]
-    begins = manifest.stage_step == 0 and manifest.stage > 0 and stage.data != config.stages[manifest.stage - 1].data
-    if manifest.data_fingerprint is not None and not (begins or counters.entering(config) != counters):
-        check_fingerprint(manifest.data_fingerprint, context.data.of(stage).fingerprint, choice.path or "PATH")
-    ends_stage = counters.ends_stage(config)
+    if manifest.data_fingerprint is not None:
+        now = context.data.of(config.stages[manifest.stage]).fingerprint
+        check_fingerprint(manifest.data_fingerprint, now, choice.path or "PATH")
+    ends_stage = Counters.of_manifest(manifest).ends_stage(config)
     collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
 
 
@@ -367,7 +389,9 @@ def _say_start(context: RunContext, choice: ResumeChoice) -> None:
     """What is drawn of the data, and of which run this one is a branch."""
     config = context.loaded.config
     step = choice.manifest.step if choice.manifest else 0
-    context.metrics.log("event", step=step, event="data", message=describe_draws(config.stages))
+    context.metrics.log(
+        "event", step=step, event="data", message=describe_draws(config.stages, tokens_of_stages(config))
+    )
     new = choice.manifest.branches[-1:] if choice.manifest else ()
     if choice.path is not None and any(branch.source == str(choice.path.resolve()) for branch in new):
         data = "its data go on" if config.checkpoint.data == "same" else "other data begin"
@@ -375,9 +399,9 @@ def _say_start(context: RunContext, choice: ResumeChoice) -> None:
         context.metrics.log("event", step=step, event="branch", message=message, source=str(choice.path.resolve()))
 
 
-def _hand_over(context: RunContext, counters: Counters, world_size: int) -> int:
+def _hand_over(context: RunContext, counters: Counters, number: int, world_size: int) -> int:
     """Say which world size the next stage needs, for the launcher and for people."""
-    stage = context.loaded.config.stages[counters.stage]
+    stage = context.loaded.config.stages[number]
     layout = {"stage": stage.name, "world_size": world_size, "parallel": stage.parallel.model_dump()}
     (context.directory.path / NEXT_LAYOUT_NAME).write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
     context.metrics.log(

@@ -62,18 +62,20 @@ def test_draws_add_up(prepare: Prepare) -> None:
     assert large.epochs == pytest.approx(small.epochs, rel=1e-3)
     assert sum(draw.tokens * draw.epochs for draw in (large, small)) == pytest.approx(100_000)
     stage = stage_of({}).model_copy(update={"data": data})
-    long = stage.model_copy(update={"training": stage.training.model_copy(update={"steps": 1000})})
-    assert describe_draws([long]).endswith("; more than one epoch repeats text")
-    assert "repeats" not in describe_draws([stage])
+    tokens = stage.num_steps * stage.tokens_per_step
+    assert describe_draws([stage], [100 * tokens]).endswith("; more than one epoch repeats text")
+    assert "repeats" not in describe_draws([stage], [tokens])
 
 
 def test_draws_of_stages_that_read_the_same_are_one(prepare: Prepare) -> None:
     stage = stage_of({}).model_copy(update={"data": _blend(prepare)})
     longer = stage.model_copy(update={"model": stage.model.model_copy(update={"sequence_length": 64}), "name": "c"})
-    (names, drawn), (others, more) = draws_of_stages([stage, stage.model_copy(update={"name": "b"}), longer])
+    (names, drawn), (others, more) = draws_of_stages(
+        [stage, stage.model_copy(update={"name": "b"}), longer], [1000, 500, 1500]
+    )
     assert (names, others) == (["test", "b"], ["c"])
-    assert [draw.epochs for draw in drawn] == pytest.approx([draw.epochs for draw in more])  # twice as long
-    assert describe_draws([stage, longer]).splitlines()[1].startswith("data of c: ")
+    assert [draw.epochs for draw in drawn] == pytest.approx([draw.epochs for draw in more])
+    assert describe_draws([stage, longer], [1000, 1000]).splitlines()[1].startswith("data of c: ")
 
 
 def test_plan_and_the_start_of_a_run_say_what_is_drawn(
@@ -84,7 +86,7 @@ def test_plan_and_the_start_of_a_run_say_what_is_drawn(
     content["schedule"]["warmup_steps"] = 0
     growing_config.write_text(yaml.safe_dump(content))
     prefix = content["data"]["train"][0]["path"]
-    text = describe_draws(load_config(growing_config).config.stages)
+    text = describe_draws(load_config(growing_config).config.stages, [8 * 32])
     assert text.startswith(f"data: {prefix} 100.0% (")
     assert main(["plan", str(growing_config)]) == EXIT_OK
     assert text in capsys.readouterr().out

@@ -244,14 +244,14 @@ def refusal(**fields: Any) -> str:
     ("operator", "says"),
     [
         ("stak", "'stak' is no operator; did you mean stack?"),
-        ("learn", "'learn' is no operator; allowed: "),
+        ("lerne", "'lerne' is no operator"),
         ("hyperclone", "did you mean hypercloning?"),
         ("identity+splitt", "'splitt' is no operator; did you mean split?"),
         ("xyz", "'xyz' is no operator"),
         ("", "at least 1 character"),
         ("split+", "'' is no operator"),
-        ("split+stack", "is 'split+stack'; write DEPTH+WIDTH with DEPTH out of direct, masked, random, zero, gradual"),
-        ("stack+solar", "and WIDTH out of direct, masked, random, zero, hypercloning, sparkling, split"),
+        ("split+stack", "is 'split+stack'; write DEPTH+WIDTH with DEPTH out of direct, learn, masked, random"),
+        ("stack+solar", "and WIDTH out of direct, learn, masked, random, zero, hypercloning, sparkling, split"),
         ("stack+split+zero", "write DEPTH+WIDTH"),
     ],
 )  # fmt: skip

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from growth_megatron.config.schedule_schema import ScheduleConfig
 from growth_megatron.config.schema import (
     DataConfig,
     DatasetConfig,
     ModelConfig,
     ParallelConfig,
-    ScheduleConfig,
     StageConfig,
     TrainingConfig,
 )

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from growth_megatron.checkpoint.folder.manifest import read_manifest
-from growth_megatron.config.schema import RunConfig
 from growth_megatron.data.dataset import build_train_dataset
 from growth_megatron.errors import EXIT_OK, EXIT_USAGE
 from growth_megatron.growth.configuration import load_config
@@ -110,9 +109,8 @@ def test_data_that_a_later_stage_lacks_are_missed_before_the_first_step(prepared
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
 
 
-def test_samples_begin_anew_at_the_start_of_a_stage_alone(config: Path) -> None:
-    run: RunConfig = load_config(config).config
-    at_start, later = Counters(step=6, stage=1, consumed_samples=48, skipped_samples=8), Counters(stage=1, stage_step=1)
-    assert (at_start.entering(run).next_sample, at_start.entering(run).step) == (0, 6)
-    assert later.entering(run) == later
-    assert Counters(consumed_samples=5).entering(run).consumed_samples == 5
+def test_samples_begin_anew_where_a_stage_reads_others_alone(config: Path) -> None:
+    base, grown = load_config(config).config.stages
+    end = Counters(step=6, stage=0, stage_step=6, consumed_samples=48, skipped_samples=8)
+    assert (end.entering(grown, base).next_sample, end.entering(grown, base).step) == (0, 6)
+    assert end.entering(base, base) == end

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from growth_megatron.commands.plan_tables import print_plan, render_plan
+from growth_megatron.config.schedule_schema import ScheduleConfig
 from growth_megatron.config.schema import (
     DataConfig,
     DatasetConfig,
     ModelConfig,
     ParallelConfig,
-    ScheduleConfig,
     StageConfig,
     TrainingConfig,
 )

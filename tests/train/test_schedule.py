@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from growth_megatron.config.schema import ScheduleConfig
+from growth_megatron.config.schedule_schema import ScheduleConfig
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.schedule import learning_rate, schedule_position
 

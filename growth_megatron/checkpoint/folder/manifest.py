@@ -75,6 +75,7 @@ class GrowthRecord(_Strict):
     library_version: str
     validation_loss_before: float | None = None
     validation_loss_after: float | None = None
+    maps_sha256: str | None = Field(None, description="of the file of learned maps, which the checkpoint holds")
 
 
 class BranchRecord(_Strict):

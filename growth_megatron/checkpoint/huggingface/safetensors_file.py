@@ -76,6 +76,14 @@ class SafetensorsFile:
             self._fill(buffer, stored.offset + start * row_bytes)
             out[start - rows.start : stop - rows.start].copy_(buffer[(slice(None), *rest)])
 
+    def read_all(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file; for a small one."""
+        found = {}
+        for name, stored in self.tensors.items():
+            found[name] = torch.empty(stored.shape, dtype=DTYPES[stored.type_name])
+            self._fill(found[name], stored.offset)
+        return found
+
     def _fill(self, out: torch.Tensor, offset: int) -> None:
         if not out.numel():
             return
@@ -147,6 +155,13 @@ def lay_out(name: str, tensors: Mapping[str, TensorSpec]) -> FileLayout:
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return FileLayout(name, header, {key: len(header) + begin for key, begin in begins.items()}, len(header) + position)
+
+
+def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """A whole file of ``tensors``, on the CPU; for a small one."""
+    layout = lay_out("", {name: TensorSpec(tuple(values.shape), values.dtype) for name, values in tensors.items()})
+    values = (tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+    return layout.header + b"".join(values)
 
 
 def tensor_bytes(spec: TensorSpec) -> int:

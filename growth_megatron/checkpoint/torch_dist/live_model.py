@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -56,18 +56,30 @@ _DAMAGE = (
 def load_from_source(source: TensorSource, models: Sequence[MegatronModule]) -> None:
     """Fill every parameter of this rank's ``models`` with its region of ``source``; each rank reads only its shards."""
     with torch.no_grad():
-        for data, key, region in model_shards(models):
-            data.copy_(source.read(key, region))
+        for shard in model_shards(models):
+            shard.data.copy_(source.read(shard.key, shard.region))
 
 
-def model_shards(models: Sequence[MegatronModule]) -> Iterator[tuple[torch.Tensor, str, Region]]:
-    """This rank's parameters, or the views that a fused one (gate and up) is made of, each with its tensor's key and
-    its region, of its shape.
+class ModelShard(NamedTuple):
+    """A parameter of this rank, or a view that a fused one (gate and up) is made of: of a tensor the region, of its
+    shape. Of all data-parallel ranks alike, one tensor- and pipeline-parallel rank ``is_first`` to hold it.
     """
+
+    data: torch.Tensor
+    key: str
+    region: Region
+    is_first: bool
+
+
+def model_shards(models: Sequence[MegatronModule]) -> Iterator[ModelShard]:
+    """All that this rank holds of the model."""
     for shard in _tensor_shards(model_state(models)):
         assert shard.data is not None
         bounds = zip(shard.global_offset, shard.local_shape, strict=True)
-        yield shard.data, shard.key, tuple(slice(start, start + length) for start, length in bounds)
+        assert isinstance(shard.replica_id, tuple)
+        pipeline, tensor, _ = shard.replica_id  # a tied output is the second copy, gains have one on each tensor rank
+        region = tuple(slice(start, start + length) for start, length in bounds)
+        yield ModelShard(shard.data, shard.key, region, pipeline == tensor == 0)
 
 
 def load_into_model(

@@ -19,6 +19,7 @@ from typing import Literal
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.words import did_you_mean
 from growth_megatron.errors import GrowthError
+from growth_megatron.growth.layers import resolve_layers
 from growth_megatron.growth.operators.base import Depth, Operator, Width
 
 Problem = tuple[str, str]
@@ -48,6 +49,17 @@ class Choice:
     def state_policy(self) -> Literal["reset", "carry", "asymmetric"]:
         """``optimizer_state``, or the operator's own."""
         return self.growth.optimizer_state or (self.width.optimizer_state if self.width else "reset")
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the target's weights are what learned maps make of the source's."""
+        return self.width is not None and self.width.is_learned
+
+    def layers(self, source_layers: int, target_layers: int) -> tuple[int, ...]:
+        """Source layer of each target layer, as given or the operator's own. Raises GrowthError if there is none."""
+        if self.depth is None:
+            return tuple(range(source_layers))
+        return resolve_layers(self.growth.layers, source_layers, target_layers, self.depth.layers)
 
     @property
     def copy_order(self) -> Literal["interleaved", "tiled"]:
@@ -103,6 +115,7 @@ def _combination_problems(choice: Choice) -> list[Problem]:
     if growth.ramp and not any(part and part.is_masked for part in (choice.depth, width)):
         text = f"is about masks, and {growth.operator} has none; remove it, or use masked"
         problems.append(("ramp", text))
+    problems += _learning_problems(choice)
     if width is None or not width.copies:
         about_copies = {
             "order": growth.order is not None,
@@ -112,6 +125,19 @@ def _combination_problems(choice: Choice) -> list[Problem]:
         text = f"is about copies along the width, and {growth.operator} makes none; remove it, or use split"
         problems += [(key, text) for key, is_given in about_copies.items() if is_given]
     return problems
+
+
+def _learning_problems(choice: Choice) -> list[Problem]:
+    growth, parts = choice.growth, (choice.depth, choice.width)
+    learned = [part.name for part in parts if part is not None and part.is_learned]
+    if not learned:
+        text = f"is about learned maps, and {growth.operator} has none; remove it, or use the operator learn"
+        return [("learn", text)] if growth.learn else []
+    if len(learned) < len(parts):
+        return [("operator", f"{learned[0]} has maps for depth and width at once; write {learned[0]} alone")]
+    if growth.noise:
+        return [("noise", f"{learned[0]} starts from random mixtures as it is; remove it")]
+    return []
 
 
 def names_by_side() -> dict[str, list[str]]:

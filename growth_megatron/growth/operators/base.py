@@ -28,6 +28,7 @@ class Depth:
     layers: LayerList
     repeats: Literal["copy", "zero_output", "initial"] = "copy"
     is_masked: bool = False  # new layers act through masks (``growth.masks``)
+    is_learned: bool = False  # all layers are mixed by learned maps (``growth.learned``), with this list to begin with
 
     @property
     def keeps_function(self) -> bool:
@@ -58,6 +59,7 @@ class Width:
     optimizer_state: Literal["reset", "carry", "asymmetric"] = "reset"
     has_fixed_state: bool = False
     is_masked: bool = False  # new coordinates act through masks (``growth.masks``)
+    is_learned: bool = False  # all coordinates are mixed by learned maps (``growth.learned``)
 
     @property
     def keeps_function(self) -> bool:
