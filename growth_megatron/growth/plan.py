@@ -8,7 +8,7 @@ Does not own: the maps along the width (``growth.width``), the values (``growth.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, Multipliers
@@ -51,17 +51,7 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
     choice = check_growth(source, target, growth)
     keep_all, layers = range(source.num_layers), choice.layers(source.num_layers, target.num_layers)
     maps = WidthMaps(source, target, choice, seed)
-    axes = {row: maps.axes(row) for row in (*outer_rows(target), *layer_rows(target))}
-    rules = []
-    for key, row in model_rows(target).items():
-        if choice.is_learned:
-            rules.append(TensorRule(key, tuple(AxisRule(size) for size in row.shape(target)), fill="learned"))
-        elif (place := split_layer_key(key)) is not None:
-            rules.append(_layer_rule(key, row, place[0], layers, axes[row], choice.depth))
-        else:
-            origin = EMBEDDING.name if row is OUTPUT and source.tie_embeddings else key
-            rules.append(TensorRule(key, axes[row], origin))
-    noisy = tuple(_with_noise(rule, target, growth) for rule in rules)
+    noisy = tuple(_with_noise(rule, target, growth) for rule in _rules(maps, choice, layers))
     if growth.cancelling_noise and not any(rule.noise for rule in noisy):
         raise GrowthError("cancelling_noise: no input is copied, so there is nothing to cancel over; remove it")
     wider = bool(width_changes(source, target))
@@ -85,6 +75,19 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
         ),
         inexact_moments=_inexact(maps, noisy),
     )
+
+
+def _rules(maps: WidthMaps, choice: Choice, layers: Sequence[int]) -> Iterator[TensorRule]:
+    source, target = maps.source, maps.target
+    axes = {row: maps.axes(row) for row in (*outer_rows(target), *layer_rows(target))}
+    for key, row in model_rows(target).items():
+        if choice.is_learned:
+            yield TensorRule(key, tuple(AxisRule(size) for size in row.shape(target)), fill="learned")
+        elif (place := split_layer_key(key)) is not None:
+            yield _layer_rule(key, row, place[0], layers, axes[row], choice.depth)
+        else:
+            origin = EMBEDDING.name if row is OUTPUT and source.tie_embeddings else key
+            yield TensorRule(key, axes[row], origin)
 
 
 def plan_depth(source: ModelConfig, target: ModelConfig, layers: Sequence[int]) -> GrowthPlan:
