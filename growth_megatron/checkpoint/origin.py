@@ -26,7 +26,7 @@ from growth_megatron.checkpoint.folder.manifest import (
     library_version,
     read_identified_manifest,
 )
-from growth_megatron.checkpoint.folder.run_directory import LATEST_NAME, CheckpointName, RunDirectory, Skipped
+from growth_megatron.checkpoint.folder.run_directory import LATEST_NAME, CheckpointName, RunDirectory, Skipped, at_step
 from growth_megatron.checkpoint.huggingface.config import CONFIG_NAME
 from growth_megatron.checkpoint.huggingface.reader import HuggingFaceCheckpoint
 from growth_megatron.checkpoint.huggingface.tokenizer import (
@@ -227,7 +227,7 @@ class HuggingFaceOrigin(Origin):
 
 
 def find_origin(text: str | Path, *, metadata_alone: bool = False) -> Origin:
-    """What ``text`` means.
+    """What ``text`` means: a checkpoint, a run (its newest), RUN@STEP, or a Hugging Face folder.
 
     Args:
         metadata_alone: whether data files may be absent or damaged, since nothing will be read from them.
@@ -238,7 +238,7 @@ def find_origin(text: str | Path, *, metadata_alone: bool = False) -> Origin:
     """
     if str(text).startswith(HUGGINGFACE_PREFIX):
         return huggingface_origin(Path(str(text).removeprefix(HUGGINGFACE_PREFIX)))
-    path = Path(text)
+    path = at_step(Path(text))
     ours, theirs = _could_be_ours(path), (path / CONFIG_NAME).is_file()
     if ours and theirs:
         raise CheckpointError(

@@ -5,6 +5,8 @@ once.
 Does not own: syntax (``config.document``, ``config.overrides``), rules (``config.schema``; those of growths are handed
 in), words (``config.messages``).
 
+``from: RUN@STEP`` of the first stage is ``checkpoint.resume`` with ``mode: branch``.
+
 Precedence, later wins: the files of ``base:`` in their order, the file itself, overrides. A stage's own sections win
 over the top level, whichever layer either comes from.
 """
@@ -96,6 +98,12 @@ def _expand(root: Node) -> Node:
     content = {key: node for key, node in root.value.items() if key not in STAGE_SECTIONS}
     only = Node({"name": Node(DEFAULT_STAGE, root.place, "name")}, root.place)
     stages = content.get("stages", Node([only], root.place))
+    if isinstance(stages.value, list) and stages.value and (source := stages.value[0].child("from")):
+        first, branch = stages.value[0], Node("branch", source.place, "checkpoint.mode")
+        origin = Node({"resume": source, "mode": branch}, source.place, "checkpoint")
+        content["checkpoint"] = merge(origin, content.get("checkpoint", Node({}, source.place, "checkpoint")))
+        others = {key: node for key, node in first.value.items() if key != "from"}
+        stages = replace(stages, value=[replace(first, value=others), *stages.value[1:]])
     if isinstance(stages.value, list):
         expanded = [_expand_stage(stage, index, shared) for index, stage in enumerate(stages.value)]
         stages = replace(stages, value=expanded)

@@ -234,7 +234,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """Length, batch and numerics of a stage."""
 
-    steps: PositiveInt | None = Field(None, description="optimizer steps of the stage")
+    steps: NonNegativeInt | None = Field(None, description="optimizer steps of the stage; 0 only of a first one")
     tokens: PositiveInt | None = Field(None, description="tokens of the stage, rounded up to whole steps")
     global_batch_size: PositiveInt = Field(description="sequences per step, over all data-parallel ranks")
     micro_batch_size: PositiveInt = 1
@@ -391,7 +391,7 @@ class StageConfig(Section):
         if training.global_batch_size % training.micro_batch_size:
             text = f"{training.micro_batch_size} does not divide global_batch_size {training.global_batch_size}"
             problems.append(("training.micro_batch_size", f"{text}; allowed: {divisors(training.global_batch_size)}"))
-        if schedule.warmup_steps > self.num_steps:
+        if schedule.warmup_steps > self.num_steps > 0:
             text = f"{schedule.warmup_steps} is longer than the stage ({self.num_steps} steps); shorten it"
             problems.append(("schedule.warmup_steps", text))
         return problems
@@ -438,10 +438,16 @@ class RunConfig(Section):
     @classmethod
     def _chain(cls, stages: tuple[StageConfig, ...], info: ValidationInfo) -> tuple[StageConfig, ...]:
         first, problems = stages[0], []
-        if first.growth is not None:
-            problems.append(("0.growth", "the first stage has nothing to grow from; remove its growth"))
+        checkpoint = info.data.get("checkpoint")
+        if first.growth is not None and (checkpoint is None or checkpoint.mode != "branch"):
+            text = "the first stage has nothing to grow from; remove its growth, or name a checkpoint: from: RUN@STEP"
+            problems.append(("0.growth", text))
         names = [stage.name for stage in stages]
         for index, stage in enumerate(stages):
+            if stage.num_steps == 0 and (index or len(stages) == 1 or stage.growth is not None):
+                problems.append(
+                    (f"{index}.training.steps", "is 0, which only a first stage that is then grown may have")
+                )
             if stage.name in names[:index]:
                 text = f"{stage.name} is the name of an earlier stage; give each stage its own"
                 problems.append((f"{index}.name", text))

@@ -126,7 +126,7 @@ class StageLoop:
                 self._evaluate_tasks()
         self._commit_pending(wait=True)
         self._leaving = not ended and not self._rollback
-        if self._saved_step != self.counters.step and self.counters.step > 0 and not self._rollback:
+        if self._saved_step != self.counters.step and (self.counters.step > 0 or ended) and not self._rollback:
             self._save(in_background=False)
         return self._rollback or ended
 

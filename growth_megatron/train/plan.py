@@ -249,7 +249,8 @@ def _plan_stage(config: RunConfig, index: int, world_size: int, total_flops: int
 
 def _growth(config: RunConfig, index: int) -> str | None:
     if index == 0:
-        return None
+        first = config.stages[0].growth
+        return None if first is None else f"{first.operator} from {config.checkpoint.resume}"
     source, stage = config.stages[index - 1], config.stages[index]
     growth = stage.growth or GrowthConfig()
     listed = " by an explicit layer list" if growth.layers is not None else ""

@@ -18,7 +18,7 @@ from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig, StageConfig
 from growth_megatron.errors import CheckpointError, ConfigError, DamagedError, GrowthMegatronError
-from growth_megatron.growth.conditions import GEOMETRY_FIELDS, growth_problems
+from growth_megatron.growth.conditions import GEOMETRY_FIELDS, check_growth, growth_problems
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.growth.masks import masked_plan
 from growth_megatron.growth.new_parts import frozen_keys
@@ -118,6 +118,9 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
             f"checkpoint.resume={path} checkpoint.mode=branch run.directory=NEW"
         )
     stage = config.stages[manifest.stage]
+    if grows_at_start(config, path):
+        check_growth(manifest.geometry, stage.model, stage.growth or GrowthConfig())
+        return
     _check_masks(stage, path, manifest)
     differing = geometry_differences(manifest.geometry, stage.model)
     if differing:
@@ -132,6 +135,13 @@ def _check_geometry(config: RunConfig, path: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{path} holds another model than stage {stage.name}: {', '.join(differing)}. {remedy}")
 
 
+def grows_at_start(config: RunConfig, path: Path) -> bool:
+    """Whether the first stage's model is to be grown out of ``path``, another run's checkpoint."""
+    own = (Path(config.run.directory) / "checkpoints").resolve()
+    branches = config.checkpoint.mode == "branch" and config.stages[0].growth is not None
+    return branches and path.resolve().parent != own
+
+
 def _check_groups(config: RunConfig, manifest: Manifest | None) -> None:
     """Who is new says the growth that a stage begins with."""
     for number, stage in enumerate(config.stages):
@@ -143,7 +153,7 @@ def _check_groups(config: RunConfig, manifest: Manifest | None) -> None:
                 f"optimizer of stage {stage.name} treats new parameters apart, but learned maps mix what was there "
                 "into all of them; leave out train_only and new_parameters"
             )
-        if begins and stage.optimizer.tells_new_apart and stage_growth(manifest) is None:
+        if begins and stage.growth is None and stage.optimizer.tells_new_apart and stage_growth(manifest) is None:
             raise ConfigError(
                 f"optimizer of stage {stage.name} treats new parameters apart, and the stage begins with no growth; "
                 "write train_only and new_parameters under the stage that grows (stages.NAME.optimizer)"

@@ -65,7 +65,7 @@ from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, Nul
 from growth_megatron.train.parameter_groups import ParameterGroups
 from growth_megatron.train.plan import tokens_of_stages, total_flops
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
-from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start
+from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start, grows_at_start
 from growth_megatron.train.watchdog import Watchdog
 
 PrepareTasks = Callable[[EvaluationConfig, Path | None], TaskEvaluation]
@@ -138,31 +138,34 @@ def required_world_size(config: RunConfig, stage: int, world_size: int) -> int:
 def _walk(context: RunContext, choice: ResumeChoice) -> int:
     config = context.loaded.config
     growth: GrowthResult | None = None
-    before: tuple[int, int] | None = None
+    before: tuple[int, int, bool] | None = None
     rollbacks: Counter[int] = Counter()
     while True:
         manifest = choice.manifest
         counters = _counters(context, manifest)
-        if before is not None and (counters.stage, counters.stage_step) <= before:
+        here = counters.stage, counters.stage_step, choice.path is not None
+        if before is not None and here <= before:
             raise CheckpointError(
                 f"the checkpoint just written is not to be seen: the newest valid one is {choice.path}. Does the file "
                 "system of run.directory show all nodes the same files? Re-run the same command to resume"
             )
-        before = counters.stage, counters.stage_step
+        before = here
         if counters.ends_run(config):
             context.metrics.log("event", step=counters.step, event="done", message=_done_message(context, counters))
             return EXIT_OK
         try:
-            grows = manifest is not None and counters.ends_stage(config)
-            learns = grows and choose(config.stages[counters.stage + 1].growth or GrowthConfig()).is_learned
-            stage = counters.stage + grows
+            at_start = choice.path is not None and grows_at_start(config, choice.path)
+            grows = manifest is not None and (at_start or counters.ends_stage(config))
+            stage = counters.stage + (grows and not at_start)
+            learns = grows and choose(config.stages[stage].growth or GrowthConfig()).is_learned
             wanted = required_world_size(config, stage, context.world_size)
             if wanted != context.world_size and (learns or not grows):  # another growth needs no layout
                 return collectives.on_rank_zero(partial(_hand_over, context, counters, stage, wanted))
             if manifest is not None and grows:
-                growth = _grow(context, choice, manifest, counters)
+                growth = _grow(context, choice, manifest, counters, stage)
                 if growth is None:
                     return EXIT_STOPPED_EARLY
+                before = None if at_start else before
             else:
                 ended = _train_stage(context, choice, counters, growth)
                 growth = None
@@ -259,13 +262,14 @@ def _train_stage(
     return finished
 
 
-def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest, counters: Counters) -> GrowthResult | None:
-    """Write the next stage's starting checkpoint out of this stage's last; all ranks share the work.
+def _grow(
+    context: RunContext, choice: ResumeChoice, manifest: Manifest, counters: Counters, number: int
+) -> GrowthResult | None:
+    """Write the starting checkpoint of stage ``number`` out of ``choice``; all ranks share the work.
 
     None if the run is to stop while maps are learned for it.
     """
-    config, number = context.loaded.config, manifest.stage + 1
-    stage = config.stages[number]
+    config, stage = context.loaded.config, context.loaded.config.stages[number]
     assert choice.path is not None
     assert stage.growth is not None
     plan = plan_growth(manifest.geometry, stage.model, stage.growth, config.run.seed)
@@ -295,7 +299,11 @@ def _grow(context: RunContext, choice: ResumeChoice, manifest: Manifest, counter
             policy,
             stage=number,
             config_hash=context.loaded.hash,
-            counters={**dataclasses.asdict(counters), "data_fingerprint": dict(data.fingerprint)},
+            counters={
+                **dataclasses.asdict(counters),
+                "data_fingerprint": dict(data.fingerprint),
+                "branches": manifest.branches,
+            },
             progress=report,
         )
     collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, policy, result, learned))

@@ -259,6 +259,12 @@ def test_a_source_is_a_checkpoint_a_run_or_a_hugging_face_folder(tmp_path: Path)
         assert located.geometry == located.tensors.geometry
 
 
+def test_a_step_of_a_run_is_a_source(trained: Path) -> None:
+    run = next(path.parent for path in trained.rglob("checkpoints"))
+    newest = find_origin(run)
+    assert find_origin(f"{run}@{newest.manifest.step}").identity == newest.identity
+
+
 def test_a_source_that_is_both_or_neither_is_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "both", {})
     write_checkpoint(tmp_path / "both", geometry())

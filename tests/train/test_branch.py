@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import yaml
 
 from growth_megatron.checkpoint.folder.manifest import read_identified_manifest, read_manifest
+from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
 from growth_megatron.config.schema import CheckpointConfig
 from growth_megatron.errors import EXIT_OK, EXIT_USAGE
+from growth_megatron.model.tensors import FIRST_MOMENT_PREFIX, whole
 from growth_megatron.report.curves import render_summary, summarise
 from growth_megatron.train.metrics import read_metrics
 from tests.command_line import Outcome, run_command
@@ -147,3 +150,82 @@ def test_without_a_checkpoint_to_start_from_nothing_can_be_branched() -> None:
         with pytest.raises(ValueError, match=f"{key}: needs the path of a checkpoint as resume, which is auto"):
             CheckpointConfig.model_validate({key: value})
         CheckpointConfig.model_validate({key: value, "resume": "runs/a"})
+
+
+def _from(parent: Path, folder: Path, source: str, growth: dict[str, Any], layers: int) -> Path:
+    """``folder/from.yaml``: 2 steps of one stage that begins from ``source``, in ``folder/grown``."""
+    content = yaml.safe_load((parent / "config.yaml").read_text())
+    stage = {"name": "grown", "from": source, "model": {"num_layers": layers}, "training": {"steps": 2}}
+    content["stages"] = [{**stage, "growth": growth}]
+    content["run"]["directory"] = str(folder / "grown")
+    (folder / "from.yaml").write_text(yaml.safe_dump(content))
+    return folder / "from.yaml"
+
+
+def test_a_first_stage_grows_out_of_another_runs_step_as_the_stage_of_that_run_did(
+    parent: Path, tmp_path: Path
+) -> None:
+    path = _from(parent, tmp_path, f"{parent / 'run'}@4", {"operator": "stack", "optimizer_state": "carry"}, 4)
+    _train(path)
+    expected, found = _losses(parent / "run"), _losses(tmp_path / "grown")
+    assert found == {5: expected[5], 6: expected[6]}
+    saved = read_manifest(tmp_path / "grown" / "latest")
+    assert [record.operator for record in saved.lineage] == ["stack"]
+    assert (saved.stage, saved.stage_step, len(saved.branches)) == (0, 2, 1)
+    (record,) = [line for line in read_metrics(tmp_path / "grown") if line["kind"] == "growth"]
+    assert record["source"] == str(parent / "run" / "checkpoints" / "step_00000004")
+    assert "run complete" in _train(path).out
+
+
+def test_a_run_killed_after_its_first_growth_goes_on_bitwise(parent: Path, tmp_path: Path) -> None:
+    path = _from(parent, tmp_path, f"{parent / 'run'}@4", {"operator": "stack", "optimizer_state": "carry"}, 4)
+    _train(path)
+    expected = _losses(tmp_path / "grown")
+    for checkpoint in (tmp_path / "grown" / "checkpoints").iterdir():
+        if not checkpoint.name.endswith("_grown"):
+            shutil.rmtree(checkpoint)
+    _train(path)
+    assert _losses(tmp_path / "grown") == expected
+
+
+def test_weights_alone_begin_a_branch_by_a_growth_to_the_same_geometry(parent: Path, tmp_path: Path) -> None:
+    _train(_from(parent, tmp_path, f"{parent / 'run'}@4", {"optimizer_state": "reset"}, 2))
+    source, start = (
+        DistCheckpoint(folder / "checkpoints" / name)
+        for folder, name in ((parent / "run", "step_00000004"), (tmp_path / "grown", "step_00000004_grown"))
+    )
+    key = "embedding.word_embeddings.weight"
+    region = whole(source.spec(key).shape)
+    assert source.read(key, region).equal(start.read(key, region))
+    moment = FIRST_MOMENT_PREFIX + key
+    assert source.read(moment, region).any()
+    assert not start.read(moment, region).any()
+
+
+def test_a_step_that_the_run_does_not_have_names_those_it_has(parent: Path, tmp_path: Path) -> None:
+    refused = run_command("train", str(_from(parent, tmp_path, f"{parent / 'run'}@5", {}, 4)))
+    assert refused.code == EXIT_USAGE
+    assert "has no checkpoint of step 5; it has those of steps 2, 4, 6, 8" in refused.err
+
+
+def test_a_growth_that_cannot_be_is_refused_before_the_first_step(parent: Path, tmp_path: Path) -> None:
+    refused = run_command("train", str(_from(parent, tmp_path, f"{parent / 'run'}@4", {"operator": "stack"}, 1)))
+    assert refused.code == EXIT_USAGE
+    assert "num_layers" in refused.err
+
+
+def test_a_first_stage_of_no_steps_is_grown_from_its_initial_weights(parent: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((parent / "config.yaml").read_text())
+    content["run"]["directory"] = str(tmp_path / "run")
+    content["schedule"]["warmup_steps"] = 1
+    content["stages"][0]["training"]["steps"] = 0
+    content["stages"][1]["training"]["steps"] = 2
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(content))
+    assert "initialised" in _train(tmp_path / "zero.yaml").out
+    assert sorted(_losses(tmp_path / "run")) == [1, 2]
+    (record,) = read_manifest(tmp_path / "run" / "latest").lineage
+    assert (record.step, record.source_geometry.num_layers) == (0, 2)
+    assert run_command("plan", str(tmp_path / "zero.yaml")).code == EXIT_OK
+    refused = run_command("plan", str(tmp_path / "zero.yaml"), "stages.grown.training.steps=0")
+    assert refused.code == EXIT_USAGE
+    assert "which only a first stage that is then grown may have" in refused.err

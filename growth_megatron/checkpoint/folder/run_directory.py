@@ -72,6 +72,23 @@ class ResumeChoice:
     skipped: tuple[Skipped, ...] = ()
 
 
+def at_step(path: Path) -> Path:
+    """The checkpoint that ``RUN@STEP`` means, at a stage's end the one before growth; another path as it is.
+
+    Raises: CheckpointError naming the steps that the run has.
+    """
+    run, at, step = str(path).rpartition("@")
+    folder = Path(run) / "checkpoints"
+    if not at or not step.isdecimal() or path.exists() or not folder.is_dir():
+        return path
+    found = folder / f"step_{int(step):08d}"
+    if not found.is_dir():
+        names = sorted(filter(None, (CheckpointName.parse(entry.name) for entry in folder.iterdir())))
+        steps = ", ".join(dict.fromkeys(str(name.step) for name in names)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has those of steps {steps}")
+    return found
+
+
 class RunDirectory:
     """The checkpoint side of a run directory. Creating the object touches nothing."""
 
@@ -226,10 +243,11 @@ class RunDirectory:
         return ResumeChoice(None, None)
 
     def _resume_from(self, origin: Path, own: Path | None, skipped: tuple[Skipped, ...]) -> ResumeChoice:
+        origin = at_step(origin)
         if not origin.is_dir():
             raise CheckpointError(
-                f"checkpoint.resume: {origin} is not a folder; allowed: auto, must, never, or the path of a checkpoint "
-                "or of a run directory"
+                f"checkpoint.resume: {origin} is not a folder; allowed: auto, must, never, the path of a checkpoint "
+                "or of a run directory, or RUN@STEP"
             )
         if origin.resolve().parent == self.checkpoints_path.resolve():
             return self._resume_from_own(origin)
