@@ -13,7 +13,6 @@ import itertools
 import resource
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -253,7 +252,6 @@ def steps_beside_a_save(bench: Bench, engine: Engine) -> Figures:
         during: list[float] = []
         while not during or collectives.any_rank(not save.is_written()):
             during.append(timed(lambda: bare_steps(engine, batches))[0])
-        clock.join()
         save.finish()
         collectives.on_rank_zero(partial(shutil.rmtree, folder))
         alone = [timed(lambda: bare_steps(engine, batches))[0] for _ in during]
@@ -262,17 +260,15 @@ def steps_beside_a_save(bench: Bench, engine: Engine) -> Figures:
     return {"step_beside_a_save": statistics.median(slower), "step_beside_a_save_of_turns": quartiles(slower)}
 
 
-class WriteClock(threading.Thread):
+class WriteClock:
     """How long a background save takes to be written, from now on."""
 
     def __init__(self, save: Save) -> None:
-        super().__init__()
-        self._save, self._since, self.seconds = save, time.perf_counter(), 0.0
-        self.start()
+        self._since, self.seconds = time.perf_counter(), 0.0
+        for file in save.files.values():
+            file.add_done_callback(self._note)
 
-    def run(self) -> None:
-        while not self._save.is_written():
-            time.sleep(1e-3)
+    def _note(self, _: object) -> None:
         self.seconds = time.perf_counter() - self._since
 
 

@@ -22,7 +22,7 @@ from tests.pool import ROOT, TIMEOUT_S, environment
 from tests.ranks import run_ranks
 
 LENGTH, BATCH, STEPS = 16, 2, 10
-WIDER = ["hidden_size=1152", "num_attention_heads=18", "num_query_groups=6", "ffn_hidden_size=3072"]
+WIDER = ["num_attention_heads=18", "num_query_groups=6", "ffn_hidden_size=3072"]
 
 
 def _run(*arguments: object) -> Outcome:
@@ -33,7 +33,7 @@ def _run(*arguments: object) -> Outcome:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``real`` as fetched, ``base`` imported, ``grown`` to 2 layers and twice the width, ``data`` by its tokenizer."""
+    """``real`` as fetched, ``base`` imported, ``grown`` to 2 layers of twice the heads and ffn, ``data`` prepared."""
     path = tmp_path_factory.mktemp("real")
     command = [sys.executable, str(ROOT / "tools" / "fetch_model.py"), str(path / "real"), "--layers", "1"]
     fetched = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)

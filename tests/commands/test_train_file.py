@@ -13,8 +13,12 @@ import yaml
 
 from growth_megatron.__main__ import main
 from growth_megatron.checkpoint.folder.manifest import read_manifest, validate_checkpoint
+from growth_megatron.checkpoint.huggingface.safetensors_file import packed
+from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.errors import EXIT_OK
+from growth_megatron.growth.learned import initial_maps
 from growth_megatron.growth.operators import names_by_side
+from growth_megatron.growth.plan import plan_growth
 from tests.command_line import run_command
 from tests.conftest import VOCABULARY, write_growing_config
 from tests.ranks import torchrun
@@ -54,12 +58,23 @@ def _go_on(printed: str, *more: str) -> None:
     assert "run complete" in outcome.out
 
 
+def _first_maps(run: Path, path: Path) -> Path:
+    """A file of the maps with which learning would begin."""
+    base, grown = (read_manifest(run / "checkpoints" / f"step_{step:08d}").geometry for step in (2, 4))
+    wider = {"hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4}
+    plan = plan_growth(base, grown.model_copy(update=wider), GrowthConfig(operator="learn"), 0)
+    path.write_bytes(packed(initial_maps(plan)))
+    return path
+
+
 @pytest.mark.parametrize("operator", GROWTHS)
 def test_the_printed_command_trains_what_an_operator_grew(
     run: Path, tmp_path: Path, capsys: Any, operator: str
 ) -> None:
     target, source = tmp_path / "a grown one", run / "checkpoints" / "step_00000002"
     how = ["--operator", operator, "--set", *GROWTHS[operator]]
+    if operator == "learn":
+        how += ["--maps", str(_first_maps(run, tmp_path / "maps.safetensors"))]
     assert main(["grow", str(source), str(target), *how]) == EXIT_OK
     _go_on(capsys.readouterr().out)
     trained = read_manifest(tmp_path / "a grown one_run" / "latest")

@@ -31,7 +31,7 @@ WRONG = {
     "key of another section": ("  seed: 7", "  micro_batch_size: 7", "3: run.micro_batch_size", "belongs to training"),
     "key of another section that may not be meant": (
         "learning_rate: 1e-3", "learning_rate: 1e-3\noptimizer:\n  kind: adam", "19: optimizer.kind",
-        "allowed: beta1, beta2, epsilon, weight_decay, clip_grad; kind belongs to schedule, move it there if that was",
+        "train_only, train_only_steps, freeze; kind belongs to schedule, move it there if that was",
     ),
     "key at the top level": ("run:", "num_layers: 3\nrun:", "1: num_layers", "belongs to model"),
     "synonym at the wrong place": ("  seed: 7", "  lr: 7", "3: run.lr", "did you mean schedule.learning_rate?"),
@@ -44,7 +44,7 @@ WRONG = {
     "text for a number": ("hidden_size: 64", "hidden_size: wide", "6: model.hidden_size", "should be a valid integer"),
     "suffix on a number": ("tokens: 20_480", "tokens: 10B", "28: stages.grown.training.tokens", "write 10e9"),
     "fraction for an integer": ("steps: 20", "steps: 2.5", "19: training.steps", "a number with a fractional part"),
-    "zero": ("steps: 20", "steps: 0", "19: training.steps", "is 0; should be greater than or equal to 1"),
+    "zero": ("batch_size: 8", "batch_size: 0", "20: training.global_batch_size", "is 0; should be greater than or equ"),
     "negative": ("learning_rate: 1e-3", "learning_rate: -1e-3", "17: schedule.learning_rate", "be greater than 0"),
     "beyond float32": (
         "learning_rate: 1e-3", "learning_rate: 1e39", "17: schedule.learning_rate", "or equal to 1000000",

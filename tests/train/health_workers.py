@@ -57,9 +57,9 @@ def _faulty_samples(read: Any, **faults: Any) -> Any:
 def _faulty_step(step: Any, bad_state_at: int | None) -> Any:
     calls = [0]
 
-    def faulty(self: Engine, *arguments: Any) -> Any:
+    def faulty(self: Engine, *arguments: Any, **more: Any) -> Any:
         calls[0] += 1
-        result = step(self, *arguments)
+        result = step(self, *arguments, **more)
         if calls[0] == bad_state_at and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             (part,) = self.optimizer.chained_optimizers
             next(iter(part.optimizer.state.values()))["exp_avg_sq"].view(-1)[-1] = float("inf")

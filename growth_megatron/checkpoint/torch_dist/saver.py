@@ -39,14 +39,14 @@ _THREADS = 2  # of a rank, a data file each
 
 
 class Save:
-    """A checkpoint that is being written by all ranks."""
+    """A checkpoint that is being written by all ranks; ``files`` are those of this rank, by name."""
 
     def __init__(self, request: AsyncRequest, files: dict[str, Future[FinishedFile]], threads: ThreadPoolExecutor):
-        self._request, self._files, self._threads = request, files, threads
+        self._request, self.files, self._threads = request, files, threads
 
     def is_written(self) -> bool:
         """Whether this rank has written its files, or failed to."""
-        return all(file.done() for file in self._files.values())
+        return all(file.done() for file in self.files.values())
 
     def finish(self) -> dict[str, FileEntry]:
         """Wait for all ranks and complete the checkpoint's metadata; returns the data files of all of them, by name.
@@ -55,7 +55,7 @@ class Save:
 
         Raises: CheckpointError if a file could not be written on any rank, on all of them.
         """
-        own = on_all_ranks(lambda: {name: file.result() for name, file in self._files.items()})
+        own = on_all_ranks(lambda: {name: file.result() for name, file in self.files.items()})
         self._threads.shutdown()
         if own:
             results = self._request.async_fn_args[2]
