@@ -27,9 +27,9 @@ def overwritten_while_it_is_saved(directory: str, layout: dict[str, Any], apart:
     stage = stage_of(layout)
     gate, write = threading.Event(), saver._write_file
 
-    def write_later(path: Path, items: Any) -> Any:
+    def write_later(path: Path, items: Any, hurry: threading.Event) -> Any:
         gate.wait()
-        return write(path, items)
+        return write(path, items, hurry)
 
     with fresh_engine(stage) as engine:
         engine.train_step(batches(0, stage), 1e-3)

@@ -7,7 +7,8 @@ Does not own: what is saved and its format (``checkpoint.torch_dist.live_model``
 megatron-core plans the save and ends it; its writers are forked processes. A process with CUDA, NCCL and InfiniBand
 must not fork, a child can be killed by itself, and pinned host copies are shared with a child, not copied on write: the
 next batch would be written into a checkpoint. So threads write here, and they hold their copies until they are done.
-They leave the training thread its interpreter: checksums and writes of a mebibyte at a time release it.
+They leave the training thread its interpreter: checksums and writes of a mebibyte at a time release it. And they leave
+it the machine: until somebody waits for the save they rest as long as they work, at the lowest priority.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -41,8 +44,10 @@ _THREADS = 2  # of a rank, a data file each
 class Save:
     """A checkpoint that is being written by all ranks; ``files`` are those of this rank, by name."""
 
-    def __init__(self, request: AsyncRequest, files: dict[str, Future[FinishedFile]], threads: ThreadPoolExecutor):
-        self._request, self.files, self._threads = request, files, threads
+    def __init__(
+        self, request: AsyncRequest, files: dict[str, Future[FinishedFile]], threads: ThreadPoolExecutor, hurry: Event
+    ) -> None:
+        self._request, self.files, self._threads, self._hurry = request, files, threads, hurry
 
     def is_written(self) -> bool:
         """Whether this rank has written its files, or failed to."""
@@ -55,6 +60,7 @@ class Save:
 
         Raises: CheckpointError if a file could not be written on any rank, on all of them.
         """
+        self._hurry.set()
         own = on_all_ranks(lambda: {name: file.result() for name, file in self.files.items()})
         self._threads.shutdown()
         if own:
@@ -81,12 +87,13 @@ def start_save(directory: Path, models: Sequence[MegatronModule], optimizer: Meg
     )
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint", initializer=_give_way)
     files: dict[str, Future[FinishedFile]] = {}
+    hurry = Event()
     if request.async_fn is not None:
         live = {param.untyped_storage().data_ptr() for chunk in models for param in chunk.parameters()}
         for path, name, (objects, tensors) in request.preload_fn():
             items = [*objects, *((item, _apart(tensor, live)) for item, tensor in tensors)]
-            files[name] = threads.submit(_write_file, Path(path), items)
-    return Save(request, files, threads)
+            files[name] = threads.submit(_write_file, Path(path), items, hurry)
+    return Save(request, files, threads, hurry)
 
 
 def _give_way() -> None:
@@ -100,12 +107,14 @@ def _apart(tensor: torch.Tensor, live: Container[int]) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
 
 
-def _write_file(path: Path, items: Sequence[tuple[Any, Any]]) -> FinishedFile:
+def _write_file(path: Path, items: Sequence[tuple[Any, Any]], hurry: Event) -> FinishedFile:
     file = DataFile(path)
     try:
         with without_crc32(), torch.no_grad():
             for item, data in items:
+                started = time.perf_counter()
                 file.append(item, data)
+                hurry.wait(time.perf_counter() - started)
         return file.finish()
     finally:
         with suppress(OSError):  # on a full disk the first error is the one to show
