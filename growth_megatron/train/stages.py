@@ -1,7 +1,8 @@
 """A run from wherever it stands to its end: resume or start, train a stage, grow, train the next.
 
-Owns: the walk over the stages, the growth between two of them as the run sees it.
-Does not own: what a resumed run checks (``train.resume``), steps within a stage (``train.loop``), ``growth`` itself.
+Owns: the walk over the stages.
+Does not own: the growth between two of them (``train.growing``), what a resumed run checks (``train.resume``), steps
+within a stage (``train.loop``).
 
 The state of a run is its newest valid checkpoint, and which samples are passed over from there (after a rollback, which
 metrics.jsonl records). Every turn of the walk looks at that checkpoint: in the middle of a stage it goes on training,
@@ -20,22 +21,17 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
-from growth_megatron.checkpoint.origin import checkpoint_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.lines import describe_options, geometry_changes
 from growth_megatron.config.load import LoadedConfig
-from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import EvaluationConfig, RunConfig
-from growth_megatron.config.units import format_bytes
 from growth_megatron.data.fingerprint import check_fingerprint
 from growth_megatron.data.mixture import describe_draws
 from growth_megatron.errors import (
@@ -47,21 +43,20 @@ from growth_megatron.errors import (
     DamagedError,
     GrowthMegatronError,
 )
-from growth_megatron.growth.execute import GrowthResult, grow_checkpoint
-from growth_megatron.growth.layers import connection_rate
+from growth_megatron.growth.execute import GrowthResult
 from growth_megatron.growth.live import live_map
 from growth_megatron.growth.operators import choose
-from growth_megatron.growth.plan import plan_growth, stage_growth
-from growth_megatron.growth.rules import GrowthPlan
+from growth_megatron.growth.plan import stage_growth
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Engine
+from growth_megatron.train.growing import grow_stage, just_grown, record_growth, recorded
 from growth_megatron.train.health import RollBack
-from growth_megatron.train.learning import Learned, LearningPhase, forget_phase
+from growth_megatron.train.learning import forget_phase
 from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
-from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
+from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
 from growth_megatron.train.parameter_groups import ParameterGroups
 from growth_megatron.train.plan import tokens_of_stages, total_flops
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
@@ -162,7 +157,7 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
             if wanted != context.world_size and (learns or not grows):  # another growth needs no layout
                 return collectives.on_rank_zero(partial(_hand_over, context, counters, stage, wanted))
             if manifest is not None and grows:
-                growth = _grow(context, choice, manifest, counters, stage)
+                growth = grow_stage(context, choice, manifest, counters, stage)
                 if growth is None:
                     return EXIT_STOPPED_EARLY
                 before = None if at_start else before
@@ -186,7 +181,7 @@ def _walk(context: RunContext, choice: ResumeChoice) -> int:
 def _counters(context: RunContext, manifest: Manifest | None) -> Counters:
     """Where the run stands: as its checkpoint says, past the samples that a rollback to it passes over."""
     counters = Counters.of_manifest(manifest) if manifest else Counters()
-    records = collectives.on_rank_zero(partial(_recorded, context.directory.path, "event", counters.step))
+    records = collectives.on_rank_zero(partial(recorded, context.directory.path, "event", counters.step))
     skipped = [record["skipped_samples"] for record in records if record["event"] == "rollback"]
     return dataclasses.replace(counters, skipped_samples=max([counters.skipped_samples, *skipped]))
 
@@ -249,9 +244,9 @@ def _train_stage(
         message = describe_multipliers(engine.multipliers)
         context.metrics.log("event", step=counters.step, event="multipliers", message=message)
     loop = StageLoop(context, engine, choice.manifest, counters)
-    if choice.path is not None and choice.manifest is not None and _just_grown(choice.manifest):
+    if choice.path is not None and choice.manifest is not None and just_grown(choice.manifest):
         collectives.on_rank_zero(partial(forget_phase, context.directory.path))
-        loop.note_loss_after_growth(_record_growth(context, choice.path, choice.manifest, loop, growth))
+        loop.note_loss_after_growth(record_growth(context, choice.path, choice.manifest, loop, growth))
     finished = loop.run()
     engine.close()
     del loop, engine  # before the next stage allocates
@@ -260,114 +255,6 @@ def _train_stage(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return finished
-
-
-def _grow(
-    context: RunContext, choice: ResumeChoice, manifest: Manifest, counters: Counters, number: int
-) -> GrowthResult | None:
-    """Write the starting checkpoint of stage ``number`` out of ``choice``; all ranks share the work.
-
-    None if the run is to stop while maps are learned for it.
-    """
-    config, stage = context.loaded.config, context.loaded.config.stages[number]
-    assert choice.path is not None
-    assert stage.growth is not None
-    plan = plan_growth(manifest.geometry, stage.model, stage.growth, config.run.seed)
-    policy = choose(stage.growth).state_policy
-    path = choice.path
-    origin = collectives.on_all_ranks(lambda: checkpoint_origin(path, whole=False))  # seen to be when it was chosen
-    counters = counters.entering(stage, config.stages[manifest.stage])
-    data = context.data.of(stage)
-    learned: Learned | None = None
-    if plan.is_learned:
-        learned = LearningPhase(context, origin, plan, stage, counters).run()
-        if learned is None:
-            return None
-        plan, counters = learned.plan, learned.counters
-    collectives.on_rank_zero(lambda: context.directory.make_way(manifest.step, grown=True))  # a damaged one
-    with bytes_progress("growing") as progress:
-
-        def report(done: int, total: int) -> None:
-            context.watchdog.alive("growing", manifest.step)
-            if collectives.rank_from_environment() == 0:
-                progress(done, total)
-
-        result = grow_checkpoint(
-            origin,
-            context.directory.checkpoint_path(manifest.step, grown=True),
-            plan,
-            policy,
-            stage=number,
-            config_hash=context.loaded.hash,
-            counters={
-                **dataclasses.asdict(counters),
-                "data_fingerprint": dict(data.fingerprint),
-                "branches": manifest.branches,
-            },
-            progress=report,
-        )
-    collectives.on_rank_zero(partial(_announce_growth, context, manifest, plan, policy, result, learned))
-    return result
-
-
-def _announce_growth(
-    context: RunContext,
-    manifest: Manifest,
-    plan: GrowthPlan,
-    policy: str,
-    result: GrowthResult,
-    learned: Learned | None,
-) -> None:
-    context.directory.point_latest(result.path)
-    how = plan.operator + describe_options(plan.options, plan.seed)
-    changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
-    layers, kept = plan.layers or (), ""
-    if layers != tuple(range(plan.source_geometry.num_layers)):
-        kept = f"{100 * connection_rate(layers):.1f} % of layer connections kept, "
-    if learned is not None:
-        kept = "maps learned, "
-        if learned.loss_before is not None and learned.loss_after is not None:
-            kept = f"maps learned, validation loss {learned.loss_before:.4f} -> {learned.loss_after:.4f}, "
-    context.metrics.log(
-        "event",
-        step=manifest.step,
-        event="grow",
-        message=f"grew by {how}: {changes} ({kept}optimizer state {policy}) in {result.seconds:.2f} s: "
-        f"{format_bytes(result.bytes_written)} written, {format_bytes(result.bytes_linked)} linked",
-    )
-
-
-def _record_growth(
-    context: RunContext, path: Path, manifest: Manifest, loop: StageLoop, growth: GrowthResult | None
-) -> float | None:
-    """The validation loss just after a growth, which goes into the metrics with all else of it, once."""
-    record = manifest.lineage[-1]
-    if growth is None:  # this process began here: an earlier one may have come further
-        known = collectives.on_rank_zero(partial(_recorded, context.directory.path, "growth", manifest.step))
-        if known:
-            after: float | None = known[0]["validation_loss_after"]
-            return after
-    after = loop.validate()
-    context.metrics.log(
-        "growth",
-        step=manifest.step,
-        operator=record.operator,
-        source=record.source,
-        target=str(path),
-        source_geometry=record.source_geometry.model_dump(),
-        target_geometry=record.target_geometry.model_dump(),
-        optimizer_state=record.optimizer_state,
-        validation_loss_before=record.validation_loss_before,
-        validation_loss_after=after,
-        seconds=growth.seconds if growth else None,
-        bytes_written=growth.bytes_written if growth else None,
-    )
-    return after
-
-
-def _recorded(directory: Path, kind: str, step: int) -> list[dict[str, Any]]:
-    records = read_metrics(directory) if (directory / FILE_NAME).exists() else []
-    return [line for line in records if line["kind"] == kind and line.get("step") == step]
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:
@@ -420,10 +307,6 @@ def _hand_over(context: RunContext, counters: Counters, number: int, world_size:
         f"with {world_size} (launch/torchrun.sh does so by itself)",
     )
     return EXIT_NEXT_LAYOUT
-
-
-def _just_grown(manifest: Manifest) -> bool:
-    return bool(manifest.lineage) and manifest.stage_step == 0 and manifest.lineage[-1].step == manifest.step
 
 
 def _stage_message(context: RunContext, counters: Counters, choice: ResumeChoice) -> str:
