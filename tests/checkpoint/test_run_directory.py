@@ -180,7 +180,7 @@ def test_resume_modes_of_an_empty_run(tmp_path: Path) -> None:
     assert run.choose_resume("never").path is None
     with pytest.raises(CheckpointError, match="holds no checkpoint; set it to auto"):
         run.choose_resume("must")
-    with pytest.raises(CheckpointError, match="is not a folder; allowed: auto, must, never, or the path"):
+    with pytest.raises(CheckpointError, match="is not a folder; allowed: auto, must, never, the path"):
         run.choose_resume("Auto")
     assert not (tmp_path / "run").exists()
 
