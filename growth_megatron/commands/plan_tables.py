@@ -121,9 +121,10 @@ def _layout_table(plan: RunPlan, style: box.Box) -> Table:
 
 
 def _memory_table(plan: RunPlan, style: box.Box) -> Table:
+    has_copies = any(rank.copies_bytes for stage in plan.stages for rank in stage.ranks)
     table = _table(
         "Memory per rank", style, "stage", "pipeline rank", "layers", "parameters", "weights", "gradients", "optimizer",
-        "activations", "total",
+        "activations", *(["copies"] if has_copies else []), "total",
     )  # fmt: skip
     for stage in plan.stages:
         for rank in stage.ranks:
@@ -136,6 +137,7 @@ def _memory_table(plan: RunPlan, style: box.Box) -> Table:
                 format_bytes(rank.gradients_bytes),
                 format_bytes(rank.optimizer_bytes),
                 format_bytes(rank.activations_bytes),
+                *([format_bytes(rank.copies_bytes)] if has_copies else []),
                 format_bytes(rank.total_bytes),
                 style="bold" if rank is stage.worst and len(stage.ranks) > 1 else None,
             )

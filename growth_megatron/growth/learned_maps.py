@@ -19,7 +19,6 @@ from growth_megatron.config.growth_schema import LearnConfig
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, StageConfig
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.model.architecture import (
-    EMBEDDING,
     IN_LAYER,
     Kind,
     Row,
@@ -27,7 +26,7 @@ from growth_megatron.model.architecture import (
     numel,
     outer_rows,
 )
-from growth_megatron.model.cost import FP32_BYTES
+from growth_megatron.model.cost import FP32_BYTES, layers_of_rank, outer_of_rank
 
 RESIDUAL, FFN, GROUPS, HEADS, VALUES = "residual", "ffn", "groups", "heads", "values"
 """Maps along the width."""
@@ -120,10 +119,10 @@ def map_costs(
     products = _Products(source, target, maps, mixes)
     flops = sum(products.flops(row) * target.num_layers for row in layer_rows(target))
     flops += sum(products.flops(row) for row in outer_rows(target))
-    held = _layers_of_rank(target.num_layers, parallel, pipeline_rank)
+    held = layers_of_rank(target.num_layers, parallel, pipeline_rank)
     kept = source.num_layers if mixes else len({layers[layer] for layer in held})
     base = kept * sum(numel(row, source) for row in layer_rows(target) if is_mapped(row, maps))
-    outer = _outer_of_rank(target, parallel, pipeline_rank) if RESIDUAL in maps else []
+    outer = outer_of_rank(target, parallel, pipeline_rank) if RESIDUAL in maps else []
     tensor = parallel.tensor_parallel_size
     base += sum(numel(row, source) // (tensor if row.is_matrix else 1) for row in outer)
     entries = sum(math.prod(shape) for shape in maps.values())
@@ -140,18 +139,6 @@ def is_mapped(row: Row, maps: Mapping[str, object]) -> bool:
     }  # fmt: skip
     names = [name for axis in row.axes for name in along.get(axis.kind, ())]
     return any(name in maps for name in (*names, *depth_maps(row)))
-
-
-def _layers_of_rank(layers: int, parallel: ParallelConfig, rank: int) -> list[int]:
-    size, chunks = parallel.pipeline_parallel_size, parallel.model_chunks
-    each = layers // (size * chunks)
-    return [(chunk * size + rank) * each + number for chunk in range(chunks) for number in range(each)]
-
-
-def _outer_of_rank(target: ModelConfig, parallel: ParallelConfig, rank: int) -> list[Row]:
-    last = parallel.pipeline_parallel_size - 1
-    found = [row for row in outer_rows(target) if rank == (0 if row is EMBEDDING else last)]
-    return [*found, EMBEDDING] if target.tie_embeddings and rank == last and rank > 0 else found
 
 
 class _Products:

@@ -21,13 +21,23 @@ import torch
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.origin import Origin
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.schema import ModelConfig
+from growth_megatron.config.schema import ModelConfig, ParallelConfig
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import plan_of_record, writes_stream
 from growth_megatron.growth.ramps import gate, last_step, mask_ramps
 from growth_megatron.growth.rules import AxisRule, GrowthPlan
-from growth_megatron.model.architecture import FINAL_NORM, Axis, Kind, Row, layer_key, row_of, split_layer_key
-from growth_megatron.model.tensors import MOMENT_PREFIXES, Region, TensorSource, TensorSpec, split_state_key
+from growth_megatron.model.architecture import (
+    FINAL_NORM,
+    Axis,
+    Kind,
+    Row,
+    layer_key,
+    layer_rows,
+    row_of,
+    split_layer_key,
+)
+from growth_megatron.model.cost import layers_of_rank, outer_of_rank
+from growth_megatron.model.tensors import MOMENT_PREFIXES, Region, TensorSource, TensorSpec, split_state_key, whole
 
 Factor = torch.Tensor | float
 """Broadcasts to the region that it multiplies."""
@@ -101,6 +111,20 @@ def multiply(values: torch.Tensor, factors: Sequence[Factor]) -> None:
     """``values`` times all ``factors``, in place."""
     for factor in factors:
         values.mul_(factor.to(values) if isinstance(factor, torch.Tensor) else factor)
+
+
+def masked_elements(plan: GrowthPlan, parallel: ParallelConfig, pipeline_rank: int) -> int:
+    """Elements of the weights that masks act on and a rank holds."""
+    closed, target = Masks(plan, 0), plan.target_geometry
+    keys = [row.name for row in outer_of_rank(target, parallel, pipeline_rank)]
+    layers = layers_of_rank(target.num_layers, parallel, pipeline_rank)
+    keys += [layer_key(layer, row.name) for layer in layers for row in layer_rows(target)]
+    total = 0
+    for key in keys:
+        row, shape = row_of(key), row_of(key).shape(target)
+        if closed.factors(key, whole(shape)):
+            total += math.prod(shape) // (parallel.tensor_parallel_size if row.split_axis is not None else 1)
+    return total
 
 
 class MaskedSource:

@@ -54,11 +54,14 @@ class RankMemory:
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    copies_bytes: int = 0
+    """Of weights behind masks while a step runs, and of those that the optimizer treats apart while it steps."""
 
     @property
     def total_bytes(self) -> int:
         """All that is counted for the rank."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        kept = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return kept + self.activations_bytes + self.copies_bytes
 
 
 def _layer_matrices(model: ModelConfig) -> int:
@@ -131,6 +134,20 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, pipeline_rank:
         if not (model.tie_embeddings and size == 1):
             count += stored(OUTPUT)
     return count
+
+
+def layers_of_rank(layers: int, parallel: ParallelConfig, pipeline_rank: int) -> list[int]:
+    """Numbers of the layers that a pipeline rank holds, of all its model chunks."""
+    size, chunks = parallel.pipeline_parallel_size, parallel.model_chunks
+    each = layers // (size * chunks)
+    return [(chunk * size + pipeline_rank) * each + number for chunk in range(chunks) for number in range(each)]
+
+
+def outer_of_rank(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) -> list[Row]:
+    """Tensors beside the layers that a pipeline rank holds, the last one's copy of a tied embedding among them."""
+    last = parallel.pipeline_parallel_size - 1
+    found = [row for row in outer_rows(model) if pipeline_rank == (0 if row is EMBEDDING else last)]
+    return [*found, EMBEDDING] if model.tie_embeddings and pipeline_rank == last and last > 0 else found
 
 
 def rank_memory(stage: StageConfig, pipeline_rank: int, data_parallel_size: int, micro_batches: int) -> RankMemory:

@@ -44,7 +44,7 @@ from growth_megatron.config.schema import StageConfig
 from growth_megatron.growth.live import LiveMap
 from growth_megatron.model.architecture import row_of, without_layer_number
 from growth_megatron.model.llama import build_model_chunks
-from growth_megatron.train.parameter_groups import ParameterGroups
+from growth_megatron.train.parameter_groups import ParameterGroups, is_counted
 
 Batch = dict[str, torch.Tensor]
 
@@ -207,8 +207,7 @@ class Engine:
         loss, stop, failed = _world_mean_loss(sums, stop_requested, failed)
         if failed or not math.isfinite(loss) or loss > highest_loss:
             return StepResult(loss, math.nan, stop, taken=False, failed=failed)
-        grad_norm = self._update(learning_rate, stage_step, measures)
-        norms = dict(self.groups.figures) if self.groups is not None else {}
+        grad_norm, norms = self._update(learning_rate, stage_step, measures)
         return StepResult(loss, grad_norm, stop, taken=math.isfinite(grad_norm), norms=norms)
 
     def _clear_gradients(self) -> None:
@@ -218,29 +217,28 @@ class Engine:
             self._optimizer.zero_grad()
 
     @torch.no_grad()
-    def _update(self, learning_rate: float, stage_step: int, measures: bool) -> float:
-        """``ChainedOptimizer.step`` with a look between its parts; returns the gradient's norm."""
+    def _update(self, learning_rate: float, stage_step: int, measures: bool) -> tuple[float, dict[str, float]]:
+        """``ChainedOptimizer.step`` with a look between its parts; the gradient's norm, those of old and new."""
         self.set_optimizer_settings(learning_rate)
         self.optimizer.prepare_grads()
         if self.groups is not None:
-            self.groups.begin(stage_step, measures)
+            self.groups.begin(stage_step)
         grad_norm = self._source_grad_norm() if self.multipliers else float(self.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            return grad_norm
-        for optimizer in self.own_optimizers():
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
-        self.optimizer.step_with_ready_grads()
-        return grad_norm
+        is_taken = math.isfinite(grad_norm)
+        if is_taken:
+            for optimizer in self.own_optimizers():
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
+        return grad_norm, self.groups.end(measures and is_taken) if self.groups is not None else {}
 
     def _source_grad_norm(self) -> float:
         """The norm of the gradient that the ungrown run would have, over all ranks; see ``__init__``."""
         total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
         for part in self.own_optimizers():
-            counted = {id(grad) for grad in part.get_main_grads_for_grad_norm()}
             for group in part.param_groups:
                 weight = group.get(LEARNING_RATE, 1.0) / group.get(EPSILON, 1.0)
                 for param in group["params"]:
-                    if id(param.grad) in counted:
+                    if param.grad is not None and is_counted(param):
                         total += weight * torch.linalg.vector_norm(param.grad, dtype=torch.float64) ** 2
         dist.all_reduce(total)
         return math.sqrt(float(total))

@@ -74,13 +74,13 @@ class LearningEngine(Engine):
         )
 
     @override
-    def _update(self, learning_rate: float, stage_step: int, measures: bool) -> float:
+    def _update(self, learning_rate: float, stage_step: int, measures: bool) -> tuple[float, dict[str, float]]:
         clip = self.stage.optimizer.clip_grad or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.learned.maps.values(), clip))
         if math.isfinite(norm):
             self.adam.param_groups[0]["lr"] = learning_rate
             self.adam.step()
-        return norm
+        return norm, {}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Maps, moments and step, on the CPU."""

@@ -37,26 +37,42 @@ def update_factors(settings: OptimizerConfig, stage_step: int) -> tuple[float, f
     return float(not only_new), of_new.learning_rate_multiplier * warm
 
 
+def is_counted(shard: torch.Tensor) -> bool:
+    """Whether this rank is the one to count an optimizer's parameter in a norm over all ranks."""
+    return bool(param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(shard))
+
+
 @dataclass
 class _Shard:
     """What this rank's optimizer holds of one parameter: flat, as ``new`` is, which is a scalar where all are alike."""
 
     values: torch.Tensor
     new: torch.Tensor
+    has_old: bool
+    has_new: bool
     is_frozen: bool
-    counts: bool
-    """Whether this rank is the one to count it."""
+    optimizer: torch.optim.Optimizer
     before: torch.Tensor | None = None
 
-    def factors(self, old_factor: float, new_factor: float) -> torch.Tensor:
+    def factors(self, of_old: float, of_new: float) -> torch.Tensor:
         """Of each element's update."""
         if self.is_frozen:
             return torch.zeros_like(self.values)
-        return torch.where(self.new, new_factor, old_factor).to(self.values)
+        return torch.where(self.new, of_new, of_old).to(self.values)
+
+    def changes(self, of_old: float, of_new: float, has_own_decay: bool) -> bool:
+        """Whether its update or decay is not the optimizer's own."""
+        if self.is_frozen:
+            return True
+        return (self.has_old and of_old != 1.0) or (self.has_new and (of_new != 1.0 or has_own_decay))
 
 
 class ParameterGroups:
-    """Stands by the optimizer of a stage whose parameters are not all treated alike, or are to be told apart."""
+    """Stands by the optimizer of a stage whose parameters are not all treated alike, or are to be told apart.
+
+    A step is ``begin``, the optimizer's own, and ``end``. Those of ``begin`` whose update is changed are copied until
+    ``end``, at most 4 bytes for each parameter that this rank's optimizer holds.
+    """
 
     def __init__(
         self,
@@ -71,70 +87,72 @@ class ParameterGroups:
         frozen = frozenset(frozen_keys(settings.freeze, geometry))
         masks = _masks(plan, frozen, models)
         self._shards: list[_Shard] = []
-        self._step, self.figures = 0, Figures()
-        self._measures = False
+        self._changed: list[_Shard] = []
+        self._factors = 1.0, 1.0
         for optimizer in optimizers:
-            for param, shard in _shards_of(optimizer):
+            for param, values in _shards_of(optimizer):
                 part = optimizer._get_model_param_range_map(param)["param"]
                 new, is_frozen = masks[param]
-                counts = param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(shard)
                 own = new.view(-1)[part.start : part.end]
-                alike = own.numel() == 0 or bool(own.all()) or not bool(own.any())
-                self._shards.append(_Shard(shard, own.any() if alike else own.clone(), is_frozen, counts))
-            optimizer.optimizer.register_step_pre_hook(self._before)
+                has_old, has_new = not bool(own.all()), bool(own.any())
+                own = own.clone() if has_old and has_new else own.any()
+                self._shards.append(_Shard(values, own, has_old, has_new, is_frozen, optimizer.optimizer))
             optimizer.optimizer.register_step_post_hook(self._after)
-        self._group = optimizers[0].get_grad_stats_parallel_group() if optimizers else None
 
     @torch.no_grad()
-    def begin(self, stage_step: int, measures: bool) -> None:
+    def begin(self, stage_step: int) -> None:
         """With the gradients ready and before their norm is taken: those of what is not trained become 0."""
-        self._step, self._measures, self.figures = stage_step, measures and self.has_new, {}
-        for shard in self._changed():
-            factors = update_factors(self._settings, self._step)
-            if shard.values.grad is not None and (shard.is_frozen or 0.0 in factors):
-                shard.values.grad.mul_(shard.factors(*factors) != 0)
-
-    def _changed(self) -> Iterator[_Shard]:
-        """Those whose update or decay is not the optimizer's own."""
-        decay = self._settings.new_parameters.weight_decay is not None
-        for shard in self._shards:
-            if shard.is_frozen or decay or update_factors(self._settings, self._step) != (1.0, 1.0):
-                yield shard
-
-    def _before(self, *_: Any) -> None:
-        for shard in self._changed():
+        self._factors = update_factors(self._settings, stage_step)
+        has_own_decay = self._settings.new_parameters.weight_decay is not None
+        self._changed = [shard for shard in self._shards if shard.changes(*self._factors, has_own_decay)]
+        for shard in self._changed:
             shard.before = shard.values.detach().clone()
+            if shard.values.grad is not None and (shard.is_frozen or 0.0 in self._factors):
+                shard.values.grad.mul_(shard.factors(*self._factors) != 0)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        factors, decay = update_factors(self._settings, self._step), self._settings.new_parameters.weight_decay
-        groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
-        for shard in self._changed():
-            group = groups.get(id(shard.values))
-            if group is None or shard.before is None:
+        """Between the optimizer's update of its masters and their copy into the model."""
+        decay, groups = self._settings.new_parameters.weight_decay, _groups_of(optimizer)
+        for shard in self._changed:
+            if shard.optimizer is not optimizer or shard.before is None:
                 continue
+            group = groups[shard.values]
             if decay is not None and not shard.is_frozen:
                 more = group["lr"] * (group["weight_decay"] - decay * group.get("wd_mult", 1.0))
                 shard.values.add_(shard.before * shard.new, alpha=more)
-            shard.values.copy_(torch.lerp(shard.before, shard.values, shard.factors(*factors)))
-        if self._measures:
-            self.figures = self._measured(optimizer, groups)
-        for shard in self._shards:
-            shard.before = None
+            shard.values.copy_(torch.lerp(shard.before, shard.values, shard.factors(*self._factors)))
 
-    def _measured(self, optimizer: torch.optim.Optimizer, groups: Mapping[int, Mapping[str, Any]]) -> Figures:
-        """Norms over all ranks of weights, clipped gradients and updates, of old and of new parameters."""
+    @torch.no_grad()
+    def end(self, measures: bool) -> Figures:
+        """On all ranks, also those that hold nothing, after the step or when it is not made: the copies go.
+
+        ``measures``: norms over all ranks of weights, clipped gradients and updates, of old and of new parameters; none
+        where no parameter is new.
+        """
+        figures = self._measured() if measures and self.has_new else Figures()
+        for shard in self._changed:
+            shard.before = None
+        return figures
+
+    def _measured(self) -> Figures:
         sums = torch.zeros(2, 3, dtype=torch.float64, device=torch.cuda.current_device())
+        groups: dict[torch.Tensor, Mapping[str, Any]] = {}
+        for optimizer in {id(shard.optimizer): shard.optimizer for shard in self._shards}.values():
+            groups |= _groups_of(optimizer)
         for shard in self._shards:
-            group = groups.get(id(shard.values))
-            if shard.counts and group is not None and shard.values.grad is not None:
-                update = _update(shard, optimizer.state[shard.values], group)
+            if is_counted(shard.values) and shard.values.grad is not None:
+                update = _update(shard, shard.optimizer.state[shard.values], groups[shard.values])
                 for row, chosen in enumerate((~shard.new, shard.new)):
                     for column, tensor in enumerate((shard.values, shard.values.grad, update)):
                         sums[row, column] += torch.linalg.vector_norm(tensor * chosen, dtype=torch.float64) ** 2
-        dist.all_reduce(sums, group=self._group)
+        dist.all_reduce(sums)
         names = [f"{of}_{what}_norm" for of in ("old", "new") for what in ("weight", "grad", "update")]
         return dict(zip(names, sums.sqrt().flatten().tolist(), strict=True))
+
+
+def _groups_of(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, Mapping[str, Any]]:
+    return {param: group for group in optimizer.param_groups for param in group["params"]}
 
 
 def _update(shard: _Shard, state: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> torch.Tensor:

@@ -20,11 +20,13 @@ from growth_megatron.growth.new_parts import describe_groups
 from growth_megatron.growth.operators import choose
 from growth_megatron.growth.ramps import describe_ramps, mask_ramps
 from growth_megatron.model.cost import (
+    FP32_BYTES,
     ParameterCount,
     RankMemory,
     bubble_fraction,
     bubble_to_ideal,
     checkpoint_bytes,
+    element_bytes,
     flops_per_token,
     parameter_count,
     rank_memory,
@@ -220,6 +222,9 @@ def _plan_stage(config: RunConfig, index: int, world_size: int, total_flops: int
     micro_batches = stage.training.global_batch_size // (stage.training.micro_batch_size * data_parallel_size)
     per_token = flops_per_token(stage.model)
     tokens = stage.num_steps * stage.tokens_per_step
+    memory = (
+        rank_memory(stage, rank, data_parallel_size, micro_batches) for rank in range(parallel.pipeline_parallel_size)
+    )
     return StagePlan(
         name=stage.name,
         grown_by=_growth(config, index),
@@ -235,8 +240,8 @@ def _plan_stage(config: RunConfig, index: int, world_size: int, total_flops: int
         tokens=tokens,
         flops=per_token * tokens,
         ranks=tuple(
-            rank_memory(stage, rank, data_parallel_size, micro_batches)
-            for rank in range(parallel.pipeline_parallel_size)
+            dataclasses.replace(rank, copies_bytes=_copies_bytes(config, index, rank, data_parallel_size))
+            for rank in memory
         ),
         bubble_to_ideal=bubble_to_ideal(parallel, micro_batches),
         bubble_fraction=bubble_fraction(parallel, micro_batches),
@@ -245,6 +250,22 @@ def _plan_stage(config: RunConfig, index: int, world_size: int, total_flops: int
         share=per_token * tokens / total_flops,
         learning=plan_learning(config, index, data_parallel_size),
     )
+
+
+def _copies_bytes(config: RunConfig, index: int, memory: RankMemory, data_parallel_size: int) -> int:
+    stage = config.stages[index]
+    growth, settings = stage.growth or GrowthConfig(), stage.optimizer
+    groups = masks = 0
+    if settings.freeze or (index and settings.tells_new_apart):
+        groups = FP32_BYTES * -(-memory.parameters // data_parallel_size)
+    if index and mask_ramps(config.stages[index - 1].model, stage.model, choose(growth)):
+        from growth_megatron.growth.masks import masked_elements  # needs torch
+        from growth_megatron.growth.plan import plan_growth
+
+        plan = plan_growth(config.stages[index - 1].model, stage.model, growth, config.run.seed)
+        elements = masked_elements(plan, stage.parallel, memory.pipeline_rank)
+        masks = element_bytes(stage.training) * elements
+    return max(groups, masks)  # these are gone before those come
 
 
 def _growth(config: RunConfig, index: int) -> str | None:

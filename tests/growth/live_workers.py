@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from growth_megatron.checkpoint.folder.manifest import read_manifest
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import OptimizerConfig, StageConfig
 from growth_megatron.growth.live import MaskedWeights, live_map
+from growth_megatron.growth.masks import masked_elements
 from growth_megatron.growth.plan import plan_growth
 from growth_megatron.growth.ramps import gate
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.growth.view import GrownSource
+from growth_megatron.model.cost import element_bytes
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import process_groups
 from growth_megatron.train.engine import Engine
@@ -111,6 +114,21 @@ def direct_runs(cases: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
                 result["evaluated"].append(loss.item())
             adam.step()
         results.append(result)
+    return results
+
+
+def copies(cases: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Bytes that closed masks keep aside on this rank: taken, planned."""
+    results = []
+    for case in cases:
+        plan, stage = growth_of(case.get("model", {}), case["layout"], case.get("precision", "fp32"))
+        with masked_engine(plan, stage) as engine:
+            assert isinstance(engine.live, MaskedWeights)
+            engine.live.pour(0)
+            taken = sum(kept.nbytes for _, _, kept in engine.live._poured)
+            engine.live.put_back()
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        results.append((taken, element_bytes(stage.training) * masked_elements(plan, stage.parallel, rank)))
     return results
 
 

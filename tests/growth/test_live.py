@@ -69,6 +69,13 @@ def test_masked_training_is_the_same_at_every_layout(alone: dict[str, Any]) -> N
         assert difference(per_rank[0][number], alone["masked"][reference]) <= tolerance, case
 
 
+def test_the_plan_says_what_masks_keep_aside_on_each_rank() -> None:
+    cases = [case for case, _, _ in ON_TWO]
+    for of_rank in run_ranks("tests.growth.live_workers:copies", 2, {"cases": cases}):
+        for case, (taken, planned) in zip(cases, of_rank, strict=True):
+            assert taken == planned > 0, case
+
+
 def test_a_map_puts_back_what_it_found_and_changes_no_module(alone: dict[str, Any]) -> None:
     assert alone["restored"]
     assert alone["changed"] == 1 + 4 * 4 + 1  # embedding; o, down and two gains a layer; the final gain

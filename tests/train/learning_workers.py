@@ -88,12 +88,12 @@ def with_update(step: int, function: Callable[[LearningEngine], Any]) -> None:
     """Call ``function`` after the update of ``step``, counted from 1; what it returns is the gradient's norm."""
     count = 0
 
-    def update(self: LearningEngine, learning_rate: float, stage_step: int, measures: bool) -> float:
+    def update(self: LearningEngine, learning_rate: float, stage_step: int, measures: bool) -> Any:
         nonlocal count
         count += 1
-        norm = UPDATE(self, learning_rate, stage_step, measures)
+        norm, norms = UPDATE(self, learning_rate, stage_step, measures)
         other = function(self) if count == step else None
-        return norm if other is None else other
+        return norm if other is None else other, norms
 
     LearningEngine._update = update  # type: ignore[method-assign]
 

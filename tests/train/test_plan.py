@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ from growth_megatron.model.cost import (
     rank_parameters,
 )
 from growth_megatron.train.plan import flops_per_token, parameter_count, plan_run, plan_to_dict
+from tests.conftest import write_growing_config
 
 PAPER = {
     "410M": ((24, 1024, 16, 16, 2816), 374),
@@ -114,6 +116,23 @@ def test_memory_of_recomputation_by_hand():
     assert mlp == 2 * (1120 - 384) + 384 + rest  # without the MLP, one MLP recomputed
     assert both == 2 * (1120 - 384 - 32) + 384 + rest  # one of the two at a time, the larger
     assert full == 2 * (2 * 4 * 8) + 1120 + rest  # the layers' inputs, one layer recomputed
+
+
+def test_parameter_groups_and_masks_say_what_they_copy(tmp_path: Path) -> None:
+    growing = write_growing_config(tmp_path, tmp_path)
+    plain, frozen, masked = (
+        plan_run(load_config(growing, overrides).config, 1).stages[1]
+        for overrides in (
+            [],
+            ["optimizer.freeze=[embedding*]"],
+            ["stages.grown.growth={operator: masked, ramp: {depth: [0, 4]}}"],
+        )
+    )
+    (before,), (groups,), (masks,) = plain.ranks, frozen.ranks, masked.ranks
+    assert before.copies_bytes == 0
+    assert groups.copies_bytes == 4 * groups.parameters
+    assert groups.total_bytes == before.total_bytes + groups.copies_bytes
+    assert 0 < masks.copies_bytes < masks.weights_bytes  # o and down of the new layers
 
 
 def test_fp32_needs_no_copy_of_the_weights_in_the_optimizer():
