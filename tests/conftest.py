@@ -75,6 +75,17 @@ def small_folder(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+WIDE = {
+    "num_layers": 4,
+    "hidden_size": 96,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "head_dim": 16,
+    "ffn_hidden_size": 128,
+}
+"""What the model of ``write_growing_config`` may become: deeper, and wider in all of its widths."""
+
+
 def write_growing_config(folder: Path, prepared_corpus: Path) -> Path:
     """``folder/config.yaml``: 6 steps of a 2-layer model, grown to 4 layers for 4 more, in ``folder/run``."""
     content = {

@@ -28,6 +28,7 @@ import growth_megatron.commands.export_hf
 import growth_megatron.commands.grow
 import growth_megatron.commands.import_hf
 import growth_megatron.commands.inspect
+import growth_megatron.commands.sample
 import growth_megatron.commands.verify
 import growth_megatron.train.stages  # noqa: F401 - loaded here once, not in each child
 from growth_megatron.__main__ import main
@@ -44,7 +45,10 @@ OPTIONS = (
     "--operator --set --layers --optimizer-state --seed --config --materialize --plan --json --full --tensor --dtype "
     "--verify --tokenizer --weights-only --vocab-size --output --help --overwrite"
 ).split()
-COMMANDS = "train plan grow inspect verify import-hf import-megatron export-hf report prepare-data".split()
+COMMANDS = (
+    "train plan grow inspect verify import-hf import-megatron export-hf report prepare-data evaluate sample compare "
+    "guideline"
+).split()
 WORSE = ('"../../escaped"', '"/etc/passwd"', "1e308", str(2**40))
 KEYS = (
     "run.seed run.directory run.timeout_s model.num_layers model.hidden_size model.head_dim model.rope_scaling "
@@ -177,6 +181,7 @@ def bit_flip(sandbox: Sandbox, rng: random.Random) -> tuple[str | None, str]:
         sandbox.command("verify", "--full", str(checkpoint)),
         sandbox.command("grow", str(checkpoint), str(targets / "grown"), "--set", "num_layers=8", "--materialize"),
         sandbox.command("export-hf", str(checkpoint), str(targets / "hf")),
+        sandbox.command("sample", str(checkpoint), "We", "--max-tokens", "1"),
     ]
     problems = [text for each in ended if (text := each.problem())]
     if file.name != "manifest.json":  # it holds the sums, and has none itself
@@ -184,9 +189,11 @@ def bit_flip(sandbox: Sandbox, rng: random.Random) -> tuple[str | None, str]:
             problems.append("verify --full did not notice")
         if ended[2].code == 0 and _weights(targets / "hf") != sandbox.exported:
             problems.append("export-hf wrote other data without a word")
-        if ended[1].code == 0 and file.suffix == ".distcp":
-            problems.append("grow took it")
-    for each, name in zip(ended[1:], ("grown", "hf"), strict=True):
+        if file.suffix == ".distcp":
+            problems += [
+                f"{name} took it" for name, each in (("grow", ended[1]), ("sample", ended[3])) if each.code == 0
+            ]
+    for each, name in zip(ended[1:3], ("grown", "hf"), strict=True):
         if each.code and (targets / name).exists():
             problems.append(f"{name} stands there though the command failed")
     sandbox.end(checkpoint)

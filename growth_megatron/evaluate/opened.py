@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.checkpoint.origin import Origin, find_origin
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig, layout_problems
@@ -56,14 +57,16 @@ def open_model(
 
     Raises:
         ConfigError: the model or the world size does not divide like that.
-        CheckpointError: its files cannot be read.
+        CheckpointError: its files cannot be read, or (DamagedError) are not what their checksums say.
     """
     tensors, geometry = collectives.on_all_ranks(lambda: as_it_acts(origin))
     parallel = _layout(geometry, tensor, pipeline)
     training = {"steps": 1, "global_batch_size": 1, "precision": precision or _stored_precision(tensors)}
     process_groups.set_layout(parallel, seed=0)
     models = build_model_chunks(geometry, parallel, TrainingConfig.model_validate(training))
-    collectives.on_all_ranks(lambda: load_from_source(tensors, models))
+    with summed_beside(origin.path, origin.manifest.files) as is_sound:
+        collectives.on_all_ranks(lambda: load_from_source(tensors, models))
+        is_sound()
     for model in models:
         model.eval()
     return LiveModel(models, geometry, parallel, batch_tokens)

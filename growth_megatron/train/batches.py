@@ -1,6 +1,6 @@
 """Micro-batches as a step takes them: on the device, and some for every rank whatever happens.
 
-Owns: reading a step's without leaving other ranks waiting, the validation set.
+Owns: a rank's share of a stage's data, reading a step's without leaving other ranks waiting, the validation set.
 Does not own: which samples (``data.loader``), the step (``train.engine``).
 """
 
@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from growth_megatron.config.schema import StageConfig
-from growth_megatron.data.dataset import FiniteSource
+from growth_megatron.data.dataset import FiniteSource, SampleSource
 from growth_megatron.data.loader import BatchLoader, validation_batches
 from growth_megatron.train.engine import Batch
 
@@ -24,6 +24,17 @@ def read_step(loader: BatchLoader, first_sample: int, stage: StageConfig) -> tup
         ids = torch.zeros(shape, dtype=torch.int64)
         blank = to_device({"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.zeros(shape)})
         return [blank] * loader.num_micro_batches, error
+
+
+def step_loader(data: SampleSource, stage: StageConfig) -> BatchLoader:
+    """This rank's share of each of the stage's steps."""
+    return BatchLoader(
+        data,
+        stage.training.micro_batch_size,
+        stage.training.global_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
 
 
 def validation_set(data: FiniteSource | None, stage: StageConfig) -> list[Batch]:

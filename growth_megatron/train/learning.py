@@ -5,7 +5,8 @@ Does not own: the maps (``growth.learned``), the checkpoint made of them (``grow
 (``train.stages``).
 
 Samples, tokens and FLOPs of the phase count for the run, its steps do not. Rank 0 keeps maps and Adam's state in
-RUN/learning, under a name that says of which growth, until the grown checkpoint is there: killed, the phase goes on.
+RUN/learning until the grown checkpoint is there: killed, the phase goes on. A file's name has the digest of its growth
+and of its content.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from typing_extensions import override
 
 from growth_megatron.checkpoint.folder.files import FileOperations
@@ -36,7 +36,7 @@ from growth_megatron.growth.learned_maps import map_costs, phase_of
 from growth_megatron.growth.live_learned import LearnedWeights
 from growth_megatron.growth.rules import GrowthPlan
 from growth_megatron.parallel import collectives, process_groups
-from growth_megatron.train.batches import read_step, validation_set
+from growth_megatron.train.batches import read_step, step_loader, validation_set
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.engine import Engine
 from growth_megatron.train.health import fault
@@ -108,6 +108,10 @@ def forget_phase(run_directory: Path) -> None:
         files.remove_tree(run_directory / FOLDER)
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 class LearningPhase:
     """Every method is called on all ranks alike."""
 
@@ -120,9 +124,9 @@ class LearningPhase:
         self._map_flops = map_costs(plan.source_geometry, plan.target_geometry, plan.layers or ()).flops
         of_plan = [dict(plan.options), plan.layers, plan.seed, plan.target_geometry.model_dump()]
         text = json.dumps([origin.identity, *of_plan, self._stage.tokens_per_step], sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._path = context.directory.path / FOLDER / f"{name}.safetensors"
-        kept = collectives.on_rank_zero(self._kept)
+        name = _digest(text.encode())
+        self._folder, self._name = context.directory.path / FOLDER, name
+        kept, damaged = collectives.on_rank_zero(self._kept)
         self.step = int(kept[_STEP]) if kept else 0
         self._loss_before = float(kept[_LOSS]) if kept else math.nan
         self._reported = (0.0, 0)  # when, and at which step
@@ -133,6 +137,9 @@ class LearningPhase:
             self._engine.set_moments(kept)
         rewind = partial(context.metrics.rewind, counters.step, before_growth=True, learned=self.step)
         collectives.on_rank_zero(rewind)
+        for path in damaged:
+            message = f"{path} is damaged and not used: maps are learned from what else was kept, or anew"
+            context.metrics.log("event", step=counters.step, event="damaged", message=message)
 
     def run(self) -> Learned | None:
         """Learn to the end of the phase; None if stopped before it."""
@@ -153,15 +160,8 @@ class LearningPhase:
         return Learned(dataclasses.replace(self._plan, maps=maps), self._counters(), before, after)
 
     def _train(self) -> bool:
-        training, context = self._stage.training, self._context
-        loader = BatchLoader(
-            self._data.train,
-            training.micro_batch_size,
-            training.global_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
-        with loader:
+        context = self._context
+        with step_loader(self._data.train, self._stage) as loader:
             stopped = collectives.any_rank(context.stop.requested)
             self._reported = time.perf_counter(), self.step
             while self.step < self._learn.steps and not stopped:
@@ -199,9 +199,15 @@ class LearningPhase:
         self._context.watchdog.alive("validating", self._start.step)
         return self._engine.evaluate(validation)
 
-    def _kept(self) -> dict[str, torch.Tensor]:
-        """On rank 0: what an earlier process kept of this very phase."""
-        return SafetensorsFile(self._path).read_all() if self._path.exists() else {}
+    def _kept(self) -> tuple[dict[str, torch.Tensor], list[Path]]:
+        """On rank 0: what an earlier process kept last of this very phase, and files that are not what was written."""
+        found, damaged = [], []
+        for path in self._folder.glob(f"{self._name}-*.safetensors"):
+            if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
+                found.append(SafetensorsFile(path).read_all())
+            else:
+                damaged.append(path)
+        return max(found, key=lambda state: float(state[_STEP]), default={}), damaged
 
     def _keep(self) -> None:
         """Once all ranks are seen to have the same maps."""
@@ -216,8 +222,13 @@ class LearningPhase:
     def _write(self) -> None:
         state = self._engine.state()
         state |= {_STEP: torch.tensor([float(self.step)]), _LOSS: torch.tensor([self._loss_before])}
-        self._path.parent.mkdir(exist_ok=True)
-        FileOperations().replace(self._path, packed(state))
+        content = packed(state)
+        path = self._folder / f"{self._name}-{_digest(content)}.safetensors"
+        self._folder.mkdir(exist_ok=True)
+        FileOperations().replace(path, content)
+        for other in self._folder.glob("*.safetensors"):
+            if other != path:
+                other.unlink()
 
     def _report(self, loss: float, grad_norm: float, rate: float) -> None:
         counters, (before, step), now = self._counters(), self._reported, time.perf_counter()

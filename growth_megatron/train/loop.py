@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import torch
-from megatron.core import parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
 from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, library_version
@@ -28,7 +27,7 @@ from growth_megatron.data.loader import BatchLoader
 from growth_megatron.errors import CheckpointError, GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.parallel import collectives
-from growth_megatron.train.batches import read_step, validation_set
+from growth_megatron.train.batches import read_step, step_loader, validation_set
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Engine, StepResult
@@ -101,15 +100,7 @@ class StageLoop:
 
     def run(self) -> bool | RollBack:
         """Train to the stage's end, validate there and save. Returns False if stopped before it (and saved)."""
-        training = self.stage.training
-        loader = BatchLoader(
-            self._data.train,
-            training.micro_batch_size,
-            training.global_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
-        with loader:
+        with step_loader(self._data.train, self.stage) as loader:
             stopped = collectives.any_rank(self.context.stop.requested)
             self._restart_window()
             while not (stopped or self._rollback or self.counters.ends_stage(self.config)):

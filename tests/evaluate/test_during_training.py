@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_every_layout_gives_the_figures_of_one_rank(config: Path, run: Path) -> 
             for task, figures in wanted["results"].items():
                 # the weights of the layouts differ by rounding
                 assert line["results"][task] == pytest.approx(figures, rel=1e-3), (name, line["step"], task)
+
+
+def test_a_checkpoint_with_another_bit_is_neither_evaluated_nor_sampled(run: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree((run / "latest").resolve(), checkpoint)
+    assert run_command("sample", str(checkpoint), "We", "--max-tokens", "1").code == EXIT_OK
+    file = next(checkpoint.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for arguments in (["sample", str(checkpoint), "We"], ["evaluate", str(checkpoint), "--tasks", "arc_easy"]):
+        refused = run_command(*arguments)
+        assert refused.code != EXIT_OK
+        assert f"{file} does not match its checksum" in refused.printed
 
 
 def test_what_is_wrong_is_said_before_the_first_step(config: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.growth.learned_maps import map_costs
 from growth_megatron.parallel import collectives
-from growth_megatron.train.learning import LearningEngine
+from growth_megatron.train.learning import FOLDER, LearningEngine
 from growth_megatron.train.stages import train
 from tests.growth.learned_workers import growth_of, learning_engine
 from tests.train.allocated_peak import AllocatedPeak
@@ -29,7 +30,8 @@ class Died(BaseException):
 
 def ended_and_gone_on(config: str, runs: dict[str, list[str]], step: int) -> dict[str, Any]:
     """Exit codes by name of ``runs`` (overrides): ``whole``; ``killed`` and ``stopped`` after ``step`` steps of
-    learning, and of the same command again; what ``diverged`` says whose gradient is not a number there.
+    learning, and of the same command again, of ``damaged`` once a bit of what was kept is another; what ``diverged``
+    says whose gradient is not a number there.
     """
 
     def go(name: str) -> int:
@@ -45,11 +47,16 @@ def ended_and_gone_on(config: str, runs: dict[str, list[str]], step: int) -> dic
         os.kill(os.getpid(), signal.SIGTERM)
 
     codes: dict[str, Any] = {"whole": go("whole")}
-    with_update(step, die)
-    try:
-        go("killed")
-    except Died:
-        codes["killed"] = "died"
+    for name in ("killed", "damaged"):
+        with_update(step, die)
+        try:
+            go(name)
+        except Died:
+            codes[name] = "died"
+    (kept,) = (Path(runs["damaged"][0].partition("=")[2]) / FOLDER).glob("*.safetensors")
+    content = bytearray(kept.read_bytes())
+    content[-9] ^= 1
+    kept.write_bytes(content)
     with_update(step, stop)
     codes["stopped"] = go("stopped")
     with_update(step, lambda _: math.nan)
@@ -58,7 +65,7 @@ def ended_and_gone_on(config: str, runs: dict[str, list[str]], step: int) -> dic
     except GrowthMegatronError as error:
         codes["diverged"] = str(error)
     with_update(-1, die)
-    return codes | {f"{name} again": go(name) for name in ("killed", "stopped", "diverged")}
+    return codes | {f"{name} again": go(name) for name in ("killed", "damaged", "stopped", "diverged")}
 
 
 def faulty_then_sound(config: str, overrides: list[str], step: int) -> str:

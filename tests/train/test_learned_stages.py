@@ -24,18 +24,10 @@ from growth_megatron.growth.verify import verify_checkpoints
 from growth_megatron.train.learning import FOLDER
 from growth_megatron.train.plan import plan_run
 from tests.command_line import run_command
-from tests.conftest import write_growing_config
+from tests.conftest import WIDE, write_growing_config
 from tests.growth.in_memory import everything
 from tests.ranks import run_ranks
 
-WIDE = {
-    "num_layers": 4,
-    "hidden_size": 96,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "head_dim": 16,
-    "ffn_hidden_size": 128,
-}
 BASE_STEPS, LEARN_STEPS, ENDS_AT, SAVES = 8, 10, 6, 4
 LEARN = {
     "steps": LEARN_STEPS,
@@ -66,7 +58,10 @@ def config(prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def codes(config: Path) -> dict[str, Any]:
-    runs = {name: [f"run.directory={config.parent / name}"] for name in ("whole", "killed", "stopped", "diverged")}
+    runs = {
+        name: [f"run.directory={config.parent / name}"]
+        for name in ("whole", "killed", "damaged", "stopped", "diverged")
+    }
     arguments = {"config": str(config), "runs": runs, "step": ENDS_AT}
     found: dict[str, Any] = run_ranks("tests.train.learning_workers:ended_and_gone_on", 1, arguments)[0]
     assert found["whole"] == EXIT_OK
@@ -125,7 +120,7 @@ def test_a_phase_that_was_killed_or_stopped_goes_on_to_the_same_result(
 ) -> None:
     assert codes["killed"] == "died"
     assert codes["stopped"] == EXIT_STOPPED_EARLY
-    for name in ("killed", "stopped", "diverged"):
+    for name in ("killed", "damaged", "stopped", "diverged"):
         run = config.parent / name
         assert codes[f"{name} again"] == EXIT_OK
         assert _losses(run) == _losses(whole), name
@@ -133,8 +128,11 @@ def test_a_phase_that_was_killed_or_stopped_goes_on_to_the_same_result(
         assert not (run / FOLDER).exists(), "what was kept of the phase is left behind"
     resumed = {
         name: [line["message"] for line in _records(config.parent / name, "event") if line["event"] == "learn"]
-        for name in ("killed", "stopped")
+        for name in ("killed", "damaged", "stopped")
     }
+    assert f"steps 0 to {LEARN_STEPS}" in resumed["damaged"][-1]
+    events = {line["event"]: line["message"] for line in _records(config.parent / "damaged", "event")}
+    assert "is damaged and not used" in events["damaged"]
     assert f"steps {SAVES} to {LEARN_STEPS}" in resumed["killed"][-1]
     assert f"steps {ENDS_AT + 1} to {LEARN_STEPS}" in resumed["stopped"][-1]  # the ranks agree in the next step
 

@@ -28,17 +28,9 @@ from growth_megatron.growth.verify import verify_checkpoints
 from growth_megatron.model.reference import reference_logits
 from growth_megatron.train.plan import plan_run
 from tests.command_line import run_command
-from tests.conftest import write_growing_config
+from tests.conftest import WIDE, write_growing_config
 from tests.ranks import run_ranks
 
-WIDE = {
-    "num_layers": 4,
-    "hidden_size": 96,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "head_dim": 16,
-    "ffn_hidden_size": 128,
-}
 RAMP = {"depth": [0, 3], "ffn": [0, 3], "hidden": [2, 5], "heads": [4, 6]}
 GROWN, LAST = 4, 16
 """Steps of the masked growth, and of the run's end: it is stacked at 12, and masked again at 14."""
