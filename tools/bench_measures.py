@@ -31,7 +31,10 @@ from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, l
 from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig, config_hash
-from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.config.schema import (
+    StageConfig,
+)
 from growth_megatron.data.loader import BatchLoader
 from growth_megatron.growth.execute import grow_checkpoint
 from growth_megatron.growth.operators import choose

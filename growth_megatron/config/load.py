@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from growth_megatron.config.document import Node, dump, merge, read
 from growth_megatron.config.messages import STAGE_SECTIONS, Problem, from_validation, render
 from growth_megatron.config.overrides import PLACE, apply_overrides
-from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.run_schema import RunConfig
 from growth_megatron.config.section import GrowthRules
 from growth_megatron.errors import ConfigError
 

@@ -16,7 +16,10 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from growth_megatron.config.document import Node
-from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.config.schema import (
+    StageConfig,
+)
 from growth_megatron.config.words import closest
 
 STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training", "data")

@@ -1,10 +1,11 @@
-"""What a run's YAML may say: frozen pydantic models, one a section.
+"""What a stage of a run may say in YAML: frozen pydantic models, one a section.
 
-Owns: names, types, ranges and cross-checks of every option but those of ``growth:`` (``config.growth_schema``).
-Does not own: reading files, includes and overrides (``config.load``), costs (``train.plan``).
+Owns: names, types, ranges and cross-checks of these options but those of ``growth:`` (``config.growth_schema``).
+Does not own: what a run says beside its stages (``config.run_schema``), reading files, includes and overrides
+(``config.load``), costs (``train.plan``).
 
-A run is a list of stages. In the YAML a stage writes only what differs from the top level; ``config.load`` merges,
-so that every ``StageConfig`` here is complete by itself.
+In the YAML a stage writes only what differs from the top level; ``config.load`` merges, so that every ``StageConfig``
+here is complete by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from growth_megatron.config.growth_schema import GrowthConfig
@@ -29,7 +30,6 @@ from growth_megatron.config.section import (
     refuse,
     whole_number,
 )
-from growth_megatron.config.words import did_you_mean
 
 _DEFAULTED = ("num_query_groups", "head_dim", "max_position_embeddings")
 """Fields of a model whose default follows from the others."""
@@ -282,66 +282,6 @@ class TrainingConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
-    """When to save, what to keep, where to resume from."""
-
-    interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
-    keep_last: PositiveInt = 2
-    keep_every_steps: PositiveInt | None = Field(None, description="checkpoints at these steps are permanent")
-    async_save: bool = False
-    resume: str = Field("auto", min_length=1, description="auto | must | never | path of a checkpoint")
-    mode: Literal["continue", "branch"] = Field(
-        "continue", description="from a path: at its stage and step, or at the start of this run's first stage"
-    )
-    data: Literal["same", "new"] = Field(
-        "same", description="from a path: its data from where it was, or this run's data from their first sample"
-    )
-
-    @field_validator("resume")
-    @classmethod
-    def _resume(cls, value: str) -> str:
-        words = ("auto", "must", "never")
-        if value not in words and (hint := did_you_mean(value, words)):
-            raise ValueError(f"is {value!r}{hint} A folder of that name is written ./{value}")
-        return value
-
-    @model_validator(mode="after")
-    def _from_a_path(self) -> Self:
-        text = f"needs the path of a checkpoint as resume, which is {self.resume}; set that, or leave this out"
-        given = (("mode", self.mode == "branch"), ("data", self.data == "new"))
-        refuse([(key, text) for key, is_set in given if is_set and self.resume in ("auto", "must", "never")])
-        return self
-
-
-class EvaluationConfig(Section):
-    """Validation loss on held-out data, and lm-eval's tasks."""
-
-    interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
-    samples: PositiveInt = Field(256, description="sequences per evaluation, the same each time")
-    tasks: tuple[str, ...] = Field((), description="of lm-eval, or growth_paper; evaluated with the live model")
-    tasks_interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
-    tasks_limit: PositiveInt | None = Field(None, description="documents of each task; default: all")
-    include_path: str | None = Field(None, min_length=1, description="folder with more tasks; their code is run")
-
-
-class WandbConfig(Section):
-    """Where wandb files the run."""
-
-    project: str = "growth-megatron"
-    name: str | None = None
-
-
-class LoggingConfig(Section):
-    """What is reported; metrics.jsonl is always written."""
-
-    interval_steps: PositiveInt = 10
-    tensorboard: bool = False
-    wandb: WandbConfig | None = Field(None, description="offline when no API key is set")
-    peak_tflops_per_s: PositiveFloat | None = Field(
-        None, description="dense peak of one device, for MFU; default: by name"
-    )
-
-
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
     """How ``model`` does not divide into this layout, by dotted key of a stage."""
     problems = []
@@ -413,48 +353,3 @@ class StageConfig(Section):
             return self.training.steps
         assert self.training.tokens is not None
         return math.ceil(self.training.tokens / self.tokens_per_step)
-
-
-class RunSection(Section):
-    """Where the run lives and what seeds it."""
-
-    directory: str = Field(min_length=1)
-    seed: NonNegativeInt = Field(1234, lt=2**63)
-    timeout_s: PositiveFloat | None = Field(
-        None, description="seconds without any progress after which the run ends itself; default: by its own steps"
-    )
-
-
-class RunConfig(Section):
-    """A whole run: what is shared by all stages, and the stages."""
-
-    run: RunSection
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    logging: LoggingConfig = LoggingConfig()
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
-
-    @field_validator("stages")
-    @classmethod
-    def _chain(cls, stages: tuple[StageConfig, ...], info: ValidationInfo) -> tuple[StageConfig, ...]:
-        first, problems = stages[0], []
-        checkpoint = info.data.get("checkpoint")
-        if first.growth is not None and (checkpoint is None or checkpoint.mode != "branch"):
-            text = "the first stage has nothing to grow from; remove its growth, or name a checkpoint: from: RUN@STEP"
-            problems.append(("0.growth", text))
-        names = [stage.name for stage in stages]
-        for index, stage in enumerate(stages):
-            if stage.num_steps == 0 and (index or len(stages) == 1 or stage.growth is not None):
-                problems.append(
-                    (f"{index}.training.steps", "is 0, which only a first stage that is then grown may have")
-                )
-            if stage.name in names[:index]:
-                text = f"{stage.name} is the name of an earlier stage; give each stage its own"
-                problems.append((f"{index}.name", text))
-            for section, key in (("model", "vocab_size"), ("model", "vocab_multiple"), ("data", "tokenizer")):
-                here, there = (getattr(getattr(one, section), key) for one in (stage, first))
-                if here != there:
-                    text = f"{here} differs from the first stage's {there}; set it once, at the top level"
-                    problems.append((f"{index}.{section}.{key}", text))
-        refuse(problems or (info.context.chain_problems(stages) if info.context else []))
-        return stages

@@ -1,6 +1,6 @@
 """What all sections of a configuration share: their base class, number types, how several problems become one error.
 
-Owns: no option. Does not own: the sections (``config.schema``, ``config.growth_schema``).
+Owns: no option. Does not own: the sections (``config.schema`` and the schemas beside it).
 """
 
 from __future__ import annotations

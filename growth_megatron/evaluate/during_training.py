@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from growth_megatron.config.schema import EvaluationConfig
+from growth_megatron.config.run_schema import EvaluationConfig
 from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.errors import ConfigError
 from growth_megatron.evaluate.live_model import LiveModel

@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
-from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.config.schema import (
+    StageConfig,
+)
 from growth_megatron.model.cost import flops_per_token, parameter_count
 
 BAND_STEPS = 32

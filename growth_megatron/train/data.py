@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from growth_megatron.checkpoint.huggingface.tokenizer import stored_tokenizer
-from growth_megatron.config.schema import RunConfig, StageConfig
+from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.config.schema import (
+    StageConfig,
+)
 from growth_megatron.data.contents import check_contents
 from growth_megatron.data.dataset import (
     FiniteSource,

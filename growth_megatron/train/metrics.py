@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 
 from typing_extensions import Self, override
 
-from growth_megatron.config.schema import LoggingConfig
+from growth_megatron.config.run_schema import LoggingConfig
 from growth_megatron.errors import DataError, GrowthMegatronError
 from growth_megatron.train.console import Console, open_console
 from growth_megatron.train.trackers import Tracker, open_trackers

@@ -13,7 +13,11 @@ from typing import Any
 
 from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.growth_schema import GrowthConfig
-from growth_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.config.schema import (
+    ModelConfig,
+    ParallelConfig,
+)
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS
 from growth_megatron.growth.learned_maps import map_costs, phase_of
 from growth_megatron.growth.new_parts import describe_groups

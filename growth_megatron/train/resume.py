@@ -16,7 +16,11 @@ from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDir
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
-from growth_megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig, StageConfig
+from growth_megatron.config.run_schema import CheckpointConfig, RunConfig
+from growth_megatron.config.schema import (
+    ModelConfig,
+    StageConfig,
+)
 from growth_megatron.errors import CheckpointError, ConfigError, DamagedError, GrowthMegatronError
 from growth_megatron.growth.conditions import GEOMETRY_FIELDS, check_growth, growth_problems
 from growth_megatron.growth.configuration import load_config

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+from growth_megatron.config.run_schema import RunConfig
 from growth_megatron.config.schedule_schema import ScheduleConfig
-from growth_megatron.config.schema import RunConfig
 
 
 def learning_rate(schedule: ScheduleConfig, step: int, total_steps: int) -> float:

@@ -31,7 +31,7 @@ from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_mult
 from growth_megatron.config.checks import check_world_size
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
-from growth_megatron.config.schema import EvaluationConfig, RunConfig
+from growth_megatron.config.run_schema import EvaluationConfig, RunConfig
 from growth_megatron.data.fingerprint import check_fingerprint
 from growth_megatron.data.mixture import describe_draws
 from growth_megatron.errors import (

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from typing_extensions import override
 
-from growth_megatron.config.schema import LoggingConfig, WandbConfig
+from growth_megatron.config.run_schema import LoggingConfig, WandbConfig
 from growth_megatron.errors import ConfigError
 
 _NOT_PLOTTED = ("kind", "step", "stage", "time")

@@ -13,7 +13,7 @@ import yaml
 
 from growth_megatron.checkpoint.folder.manifest import read_identified_manifest, read_manifest
 from growth_megatron.checkpoint.torch_dist.reader import DistCheckpoint
-from growth_megatron.config.schema import CheckpointConfig
+from growth_megatron.config.run_schema import CheckpointConfig
 from growth_megatron.errors import EXIT_OK, EXIT_USAGE
 from growth_megatron.model.tensors import FIRST_MOMENT_PREFIX, whole
 from growth_megatron.report.curves import render_summary, summarise

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from growth_megatron.config.schema import LoggingConfig, WandbConfig
+from growth_megatron.config.run_schema import LoggingConfig, WandbConfig
 from growth_megatron.config.units import count, duration
 from growth_megatron.errors import ConfigError, DataError, GrowthMegatronError
 from growth_megatron.train import trackers
@@ -275,7 +275,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 WANDB_RUN = """
 import sys
 from pathlib import Path
-from growth_megatron.config.schema import LoggingConfig, WandbConfig
+from growth_megatron.config.run_schema import LoggingConfig, WandbConfig
 from growth_megatron.train.metrics import MetricsLogger
 with MetricsLogger(Path(sys.argv[1]), LoggingConfig(wandb=WandbConfig()), {"base": 5}, config={"a": 1}) as logger:
     logger.log("validation", step=1, validation_loss=4.0)
