@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from growth_megatron.checkpoint.folder.target import free_bytes
@@ -50,7 +50,7 @@ def forecast(growth: CheckedGrowth) -> dict[str, Any]:
         "changes": geometry_changes(plan.source_geometry, plan.target_geometry),
         "parameters": {"source": before.total, "target": after.total},
         "layers": list(plan.layers or ()),
-        "connection_rate": connection_rate(plan.layers or ()),
+        "connection_rate": connection_rate(plan.layers) if plan.layers else None,
         "function_preserving": plan.function_preserving,
         "optimizer_state": None if growth.weights_only else growth.policy,
         "masks": dict(plan.ramps),
@@ -133,9 +133,9 @@ def render_forecast(growth: CheckedGrowth, figures: dict[str, Any]) -> list[str]
             f"{format_count(before.total)} -> {format_count(after.total)} (x{after.total / before.total:.2f}; without "
             f"embeddings {format_count(before.without_embeddings)} -> {format_count(after.without_embeddings)})",
         ),
-        ("layers", f"{compact_layers(plan.layers or ())} (source layers from 0, in the target's order)"),
+        ("layers", _layers_line(plan.layers)),
     ]
-    if plan.layers != tuple(range(plan.source_geometry.num_layers)):
+    if plan.layers and plan.layers != tuple(range(plan.source_geometry.num_layers)):
         kept = f"{100 * figures['connection_rate']:.1f} % of neighbouring layers were neighbours before"
         rows.append(("connection rate", kept))
     rows += [
@@ -152,6 +152,12 @@ def render_forecast(growth: CheckedGrowth, figures: dict[str, Any]) -> list[str]
         ("no multipliers", f"{text}: its factors differ within the tensor") for text in figures["no_multipliers_for"]
     ]
     return columns([*rows, *_cost_rows(figures)])
+
+
+def _layers_line(layers: Sequence[int] | None) -> str:
+    if not layers:
+        return "none in the source"
+    return f"{compact_layers(layers)} (source layers from 0, in the target's order)"
 
 
 def render_map(figures: dict[str, Any]) -> list[str]:

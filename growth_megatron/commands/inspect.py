@@ -182,7 +182,7 @@ def growth_line(record: GrowthRecord) -> str:
     changes = ", ".join(geometry_changes(record.source_geometry, record.target_geometry)) or "same geometry"
     how = record.operator + describe_options(record.options, record.seed)
     text = f"step {record.step:,}: {how}: {changes}; optimizer state {record.optimizer_state}, from {record.source}"
-    if record.layers is not None and record.layers != tuple(range(record.source_geometry.num_layers)):
+    if record.layers and record.layers != tuple(range(record.source_geometry.num_layers)):
         text += f"; layers {compact_layers(record.layers)}, {100 * connection_rate(record.layers):.1f} % connected"
     if record.validation_loss_after is not None:
         before = "unknown" if record.validation_loss_before is None else f"{record.validation_loss_before:.4f}"

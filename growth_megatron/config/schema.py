@@ -59,7 +59,7 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """Geometry of a LLaMA (pre-norm, RMSNorm, RoPE, SwiGLU), with what its relatives Qwen2 and Qwen3 have besides."""
 
-    num_layers: PositiveInt = Field(le=MAX_LAYERS)
+    num_layers: NonNegativeInt = Field(le=MAX_LAYERS, description="0: embedding, norm and output alone, to be grown")
     hidden_size: PositiveInt = Field(le=MAX_WIDTH)
     num_attention_heads: PositiveInt = Field(le=MAX_WIDTH)
     num_query_groups: PositiveInt = Field(0, description="key/value heads; default: num_attention_heads")
@@ -297,6 +297,9 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[
     if wrong := ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor):
         text = f"{tensor} does not divide {wrong}; allowed: {divisors(*sizes.values())}"
         problems.append(("parallel.tensor_parallel_size", text))
+    if not model.num_layers and pipeline > 1:
+        text = f"{pipeline} ranks would divide the layers, and num_layers is 0; set it to 1"
+        problems.append(("parallel.pipeline_parallel_size", text))
     if model.num_layers % (pipeline * chunks):
         stages = f"pipeline_parallel_size {pipeline}"
         if chunks > 1:

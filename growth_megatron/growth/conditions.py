@@ -149,9 +149,14 @@ def _depth_problems(source: ModelConfig, target: ModelConfig, choice: Choice) ->
         return
     try:
         layers = choice.layers(before, after)
+        if before == 0 and (depth.is_learned or depth.is_masked) and width_changes(source, target):
+            text = f"{depth.name} grows the width of a model that has layers, and the source has none"
+            yield "growth.operator", f"{text}; grow its depth first, by random or masked"
     except GrowthError as error:
         if growth.layers is not None:
             yield "growth.layers", str(error)
+        elif after == 0:
+            yield "model.num_layers", "0 would drop every layer; keep 1 at least"
         elif after < before:
             listed = ",".join(map(str, range(min(after, 4)))) + (",..." if after > 4 else "")
             kept = listed if after > 1 else "1"  # a list of one has no comma, so it is the paper's notation

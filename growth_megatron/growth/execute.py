@@ -130,7 +130,7 @@ def carry_out(
             target,
             manifest,
             common,
-            objects=on_all_ranks(lambda: grown_objects(origin, plan.layers or ())),
+            objects=on_all_ranks(lambda: grown_objects(origin, plan)),
             extra_files=on_all_ranks(lambda: _extra_files(origin, plan)),
             fingerprint=job_fingerprint(manifest),
             writers=WRITERS,

@@ -14,7 +14,7 @@ from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import GrowthRecord, Manifest, Multipliers, library_version
 from growth_megatron.checkpoint.huggingface.safetensors_file import packed
-from growth_megatron.checkpoint.origin import Origin
+from growth_megatron.checkpoint.origin import Origin, fresh_objects
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import regroup
 from growth_megatron.growth.rules import GrowthPlan, OptimizerState
 from growth_megatron.model.architecture import LAYER_PREFIX
@@ -103,9 +103,11 @@ def grown_common(origin: Origin, manifest: Manifest, policy: OptimizerState) -> 
     return dict(common)
 
 
-def grown_objects(origin: Origin, layers: Sequence[int]) -> dict[str, bytes]:
+def grown_objects(origin: Origin, plan: GrowthPlan) -> dict[str, bytes]:
     """The byte objects of the grown model, under the names that written checkpoints have."""
-    objects = origin.objects()
+    objects, layers = origin.objects(), plan.layers
+    if not layers:  # the source has none whose objects could go on
+        return {**objects, **fresh_objects(plan.target_geometry)}
     return {_per_layer(name): content for key, content in objects.items() for name in object_targets(key, layers)}
 
 

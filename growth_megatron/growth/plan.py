@@ -58,14 +58,14 @@ def plan_growth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, 
     ramps = mask_ramps(source, target, choice)
     silent = ["all that is behind a mask: every mask is closed in the first step"] if ramps else []
     return GrowthPlan(
-        operator=_name(choice, layers != tuple(keep_all), wider),
+        operator=_name(choice, target.num_layers != source.num_layers or layers != tuple(keep_all), wider),
         source_geometry=source,
         target_geometry=target,
         rules=noisy,
         layers=layers,
         options=_options(growth),
         seed=seed,
-        function_preserving=_preserves(choice, layers, source.num_layers, wider),
+        function_preserving=_preserves(choice, layers, source, target),
         multipliers=_multipliers(noisy) if growth.multipliers else {},
         ramps=ramps,
         zero_gradient_at_first=(
@@ -139,12 +139,14 @@ def check_source_tensors(plan: GrowthPlan, source: TensorSource) -> None:
 def _layer_rule(
     key: str, row: Row, layer: int, layers: Sequence[int], axes: tuple[AxisRule, ...], depth: Depth | None
 ) -> TensorRule:
+    as_it_is = tuple(AxisRule(axis.target_size) for axis in axes)
+    if not layers:  # the source has none
+        return TensorRule(key, as_it_is, fill="initial", state="new")
     source = layer_key(layers[layer], row.name)
     if layers[layer] not in layers[:layer]:
         return TensorRule(key, axes, source)
     if depth is None or depth.repeats == "copy":
         return TensorRule(key, axes, source, state="copy")
-    as_it_is = tuple(AxisRule(axis.target_size) for axis in axes)
     if depth.repeats == "initial":
         return TensorRule(key, as_it_is, fill="initial", state="new")
     if row.is_matrix and writes_stream(row):
@@ -189,11 +191,12 @@ def _options(growth: GrowthConfig) -> dict[str, Any]:
     return growth.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
 
 
-def _preserves(choice: Choice, layers: Sequence[int], source_layers: int, wider: bool) -> bool:
+def _preserves(choice: Choice, layers: Sequence[int], source: ModelConfig, target: ModelConfig) -> bool:
     """Whether source and target are the same function."""
-    in_order = tuple(dict.fromkeys(layers)) == tuple(range(source_layers))
+    in_order = tuple(dict.fromkeys(layers)) == tuple(range(source.num_layers))
     adds_identities = choice.depth is not None and choice.depth.keeps_function
-    same_depth = in_order and (len(layers) == source_layers or adds_identities)
+    same_depth = in_order and (target.num_layers == source.num_layers or adds_identities)
+    wider = bool(width_changes(source, target))
     same_width = not wider or (choice.width is not None and choice.width.keeps_function)
     return same_depth and same_width and not choice.growth.noise
 

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
 
 from growth_megatron.config.schema import ModelConfig, ParallelConfig, RopeScaling, TrainingConfig
 from growth_megatron.parallel.preflight import what_compiling_lacks
@@ -132,6 +133,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         deallocate_pipeline_outputs=on_gpu,
         deterministic_mode=training.deterministic,
         init_method_std=model.init_std,
+        # Its default divides by the number of layers, which may be 0; weights come from a source.
+        output_layer_init_method=init_method_normal(model.init_std),
         **recompute_options[training.recompute],
     )
 

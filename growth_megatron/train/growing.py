@@ -89,7 +89,7 @@ def _announce(
     how = plan.operator + describe_options(plan.options, plan.seed)
     changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
     layers, kept = plan.layers or (), ""
-    if layers != tuple(range(plan.source_geometry.num_layers)):
+    if layers and layers != tuple(range(plan.source_geometry.num_layers)):
         kept = f"{100 * connection_rate(layers):.1f} % of layer connections kept, "
     if learned is not None:
         kept = "maps learned, "

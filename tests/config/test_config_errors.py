@@ -215,7 +215,7 @@ def test_whatever_is_set_it_loads_or_is_a_config_error(write, valid, changes):
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(write, valid):
-    text = valid.replace("seed: 7", "seed: x").replace("num_layers: 4", "num_layers: 0")
+    text = valid.replace("seed: 7", "seed: x").replace("num_layers: 4", "num_layers: -4")
     text = text.replace("num_layers: 16", "num_layers: 16\n      hiden_size: 3") + "extra: 1\n"
     lines = _error(write(text), "logging.interval_steps=-1").splitlines()
     assert [line.split(": ")[:2] for line in lines] == [

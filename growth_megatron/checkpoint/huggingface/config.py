@@ -205,7 +205,7 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def _value_problems(config: Mapping[str, Any], family: _Family) -> Iterator[str]:
     for name in (*_REQUIRED, "max_position_embeddings"):
         value = config.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < (name != "num_hidden_layers"):
             yield f"{name} is {value!r}, not a positive number" if name in config else f"{name} is missing"
     architectures = config.get("architectures") or [family.architecture]
     if family.architecture not in architectures:

@@ -56,10 +56,25 @@ class Choice:
         return self.width is not None and self.width.is_learned
 
     def layers(self, source_layers: int, target_layers: int) -> tuple[int, ...]:
-        """Source layer of each target layer, as given or the operator's own. Raises GrowthError if there is none."""
+        """Source layer of each target layer, as given or the operator's own; empty where the source has no layers.
+
+        Raises: GrowthError if there is none.
+        """
         if self.depth is None:
             return tuple(range(source_layers))
+        if source_layers == 0:
+            return self._from_no_layers(target_layers)
         return resolve_layers(self.growth.layers, source_layers, target_layers, self.depth.layers)
+
+    def _from_no_layers(self, target_layers: int) -> tuple[int, ...]:
+        assert self.depth is not None
+        if target_layers and self.depth.repeats != "initial":
+            raise GrowthError(
+                f"{self.depth.name} makes new layers out of old ones, and the source has none; use random or masked"
+            )
+        if self.growth.layers not in (None, ()):
+            raise GrowthError(f"layers {self.growth.layers!r}: the source has none to name; leave the list out")
+        return ()
 
     @property
     def copy_order(self) -> Literal["interleaved", "tiled"]:
