@@ -103,3 +103,10 @@ def test_the_trained_model_is_exported_with_its_tokenizer(runs: Path) -> None:
     said = _run("export-hf", runs / "tp2" / "latest", runs / "trained_hf", "--verify").out
     assert "tokenizer: the same ids for 5 of 5 texts" in said
     assert (runs / "trained_hf" / "tokenizer.json").is_file()
+
+
+def test_it_is_grown_in_all_widths_and_keeps_its_function(folder: Path) -> None:
+    sizes = ["hidden_size=1152", "num_attention_heads=18", "num_query_groups=6", "ffn_hidden_size=3072"]
+    _run("grow", f"hf:{folder / 'real'}", f"hf:{folder / 'wide'}", "--operator", "split", "--set", *sizes)
+    said = _run("verify", f"hf:{folder / 'wide'}", "--full").out
+    assert "logits: differ from the source's by" in said, said

@@ -229,3 +229,16 @@ def test_a_first_stage_of_no_steps_is_grown_from_its_initial_weights(parent: Pat
     refused = run_command("plan", str(tmp_path / "zero.yaml"), "stages.grown.training.steps=0")
     assert refused.code == EXIT_USAGE
     assert "which only a first stage that is then grown may have" in refused.err
+
+
+def test_another_geometry_is_refused_with_a_growth_that_works_where_there_is_one(parent: Path, tmp_path: Path) -> None:
+    refused = run_command("train", str(_one_stage(parent, tmp_path, 4, 2)))
+    assert refused.code == EXIT_USAGE
+    advised = re.search(r"grow the checkpoint: growth-megatron (grow .* --set num_layers=4)$", refused.printed, re.M)
+    assert advised is not None, refused.printed
+    words = shlex.split(advised[1].replace("TARGET", str(tmp_path / "target")))
+    assert run_command(*words).code == EXIT_OK
+    refused = run_command("train", str(_one_stage(parent, tmp_path, 2, 2)), "model.rope_base=500")
+    assert refused.code == EXIT_USAGE
+    assert "rope_base" in refused.printed
+    assert "--set" not in refused.printed, "nothing that growth could set differs"
