@@ -45,7 +45,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["growth_megatron", "growth_megatron.*"]),
-    package_data={"growth_megatron": ["py.typed"]},
+    package_data={"growth_megatron": ["py.typed", "report/page.html", "report/page.js"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",

@@ -19,6 +19,7 @@ from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import parameter_count
 from growth_megatron.report.joined import joined_records
 from growth_megatron.report.plots import plot_loss
+from growth_megatron.report.recovery import Recovery, recovered_training, recovered_validation
 from growth_megatron.train.console import geometry
 
 __all__ = ["GrowthSummary", "RunSummary", "StageSummary", "plot_loss", "render_summary", "summarise"]
@@ -61,6 +62,9 @@ class GrowthSummary:
     loss_after: float | None
     tokens: int
     flops: float
+    recovered: Recovery | None = None
+    """Where the training loss, smoothed, was back at what it had been before."""
+    recovered_validation: Recovery | None = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,15 @@ class RunSummary:
         )
 
 
-def summarise(run_directory: str | Path) -> RunSummary:
+def summarise(run_directory: str | Path, records: Sequence[Record] | None = None) -> RunSummary:
     """Figures of a run that is done, stopped or still going.
 
+    Args: records: of the run after its parents' (``report.joined``); default: they are read.
     Raises:
         DataError: no metrics there, or none of a training step yet.
     """
     directory = Path(run_directory)
-    records = joined_records(directory)
+    records = joined_records(directory) if records is None else records
     train = [record for record in records if record["kind"] == "train"]
     if not train:
         raise DataError(f"{directory} has no training step in its metrics yet; let the run go on first")
@@ -155,6 +160,7 @@ def render_summary(summary: RunSummary) -> str:
             f"growth at step {growth.step} ({count(growth.tokens)} tokens): {growth.operator}, "
             f"{growth.source} -> {growth.target}, optimizer state {growth.optimizer_state}, "
             f"validation loss {fixed(growth.loss_before)} before, {fixed(growth.loss_after)} after"
+            + ("" if growth.recovered is None else f"; training loss back after {growth.recovered.steps} steps")
         )
     lines.append(
         f"total: {summary.steps} steps, {count(summary.tokens)} tokens, {summary.flops:.3g} FLOPs, "
@@ -225,6 +231,8 @@ def _growth(record: Record, records: Sequence[Record]) -> GrowthSummary:
         loss_after=record.get("validation_loss_after"),
         tokens=reached["consumed_tokens"],
         flops=reached["flops"],
+        recovered=recovered_training(records, record),
+        recovered_validation=recovered_validation(records, record),
     )
 
 

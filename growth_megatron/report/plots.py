@@ -127,15 +127,18 @@ def _panel(
 def _mark_growth(axis: Any, x: float, growth: Any) -> None:
     axis.axvline(x, color=_GROWTH, linewidth=1, linestyle=(0, (4, 3)))
     late = x > 0.7 * axis.get_xlim()[1]
-    axis.annotate(f"{growth.get('operator')}\n{_change(growth)}", (x, 1), xycoords=("data", "axes fraction"),
+    axis.annotate(f"{growth.get('operator')}\n{growth_change(growth)}", (x, 1), xycoords=("data", "axes fraction"),
                   xytext=(-5 if late else 5, -4), textcoords="offset points", ha="right" if late else "left", va="top",
                   fontsize=8, color=_GROWTH)  # fmt: skip
 
 
-def _change(growth: Any) -> str:
+def growth_change(growth: Any) -> str:
+    """What a growth's record says of the two geometries, in a few words."""
     source, target = growth.get("source_geometry"), growth.get("target_geometry")
     if isinstance(source, Mapping) and isinstance(target, Mapping) and source["hidden_size"] == target["hidden_size"]:
         return f"{source['num_layers']} → {target['num_layers']} layers"
+    if isinstance(source, Mapping) and isinstance(target, Mapping) and source["num_layers"] == target["num_layers"]:
+        return f"hidden {source['hidden_size']} → {target['hidden_size']}"
     return f"{geometry(source)}\n→ {geometry(target)}"
 
 
