@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "Run lm-eval's tasks on a checkpoint or a Hugging Face folder, at any parallel layout.",
     "sample": "Write text with a checkpoint or a Hugging Face folder, from prompts.",
     "report": "Final figures of a run, and its page with curves and history (RUN/report.html).",
+    "probe": "Train several growths of a checkpoint for a while and say which is ahead.",
     "compare": "Say what growth saved: runs against a baseline at equal loss, over seeds, with a picture.",
     "guideline": "Say when to grow and by how much, by the fit of arXiv 2405.15319.",
     "grow": "Write a grown copy of a checkpoint: deeper, wider or both, with its optimizer state.",

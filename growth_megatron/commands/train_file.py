@@ -35,7 +35,7 @@ def write_train_file(target: Path, geometry: ModelConfig, origin: Origin | None 
 
     All but the geometry and the run's directory is that of the run which ``origin`` is of, where it is of one.
     """
-    former = _former_run(origin) if origin is not None else None
+    former = former_run(origin) if origin is not None else None
     content = former or _fresh_run(target)
     content["model"] = geometry.model_dump(mode="json", exclude_none=True)
     if former is None:  # a model for long contexts is seldom trained on them
@@ -62,7 +62,7 @@ def _run_names(target: Path) -> Iterator[str]:
     return (f"{target}_run{number if number > 1 else ''}" for number in count(1))
 
 
-def _former_run(origin: Origin) -> dict[str, Any] | None:
+def former_run(origin: Origin) -> dict[str, Any] | None:
     """The sections of the stage that the checkpoint is of."""
     for name, stage in ((TRAIN_FILE_NAME, 0), ("config.yaml", origin.manifest.stage)):
         with suppress(ConfigError):  # not there, or of another version
