@@ -11,6 +11,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "plot": ["matplotlib"],
+    "advise": ["scipy"],
     "hf": ["transformers>=4.45", "tokenizers"],
     "eval": ["lm-eval>=0.4.13", "tqdm"],
     "dev": [
@@ -21,6 +22,7 @@ EXTRAS = {
         "ruff",
         "mypy",
         "types-PyYAML",
+        "scipy",
         "zstandard",
         "pyarrow",
         "safetensors",

@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "Final figures of a run, and its page with curves and history (RUN/report.html).",
     "probe": "Train several growths of a checkpoint for a while and say which is ahead.",
     "compare": "Say what growth saved: runs against a baseline at equal loss, over seeds, with a picture.",
+    "advise": "Say from a run's own curve and published fits whether to grow it, when and by how much.",
     "guideline": "Say when to grow and by how much, by the fit of arXiv 2405.15319.",
     "grow": "Write a grown copy of a checkpoint: deeper, wider or both, with its optimizer state.",
     "inspect": "Say what a checkpoint holds: progress, geometry, layout, lineage, tensors.",
