@@ -47,7 +47,7 @@ OPTIONS = (
 ).split()
 COMMANDS = (
     "train plan grow inspect verify import-hf import-megatron export-hf report prepare-data evaluate sample compare "
-    "guideline"
+    "guideline advise probe"
 ).split()
 WORSE = ('"../../escaped"', '"/etc/passwd"', "1e308", str(2**40))
 KEYS = (
@@ -301,7 +301,14 @@ def _command_on(kind: str, victim: Path, targets: Path, sandbox: Sandbox, rng: r
     deeper = ["--set", "num_layers=8"]
     if kind == "run":
         resumed = ["train", str(sandbox.config), f"run.directory={source}"]
-        choices = [resumed, ["report", source], ["verify", source], ["inspect", source], ["grow", source, target]]
+        choices = [
+            resumed,
+            ["report", source],
+            ["advise", source],
+            ["verify", source],
+            ["inspect", source],
+            ["grow", source, target],
+        ]
     elif kind == "hf":
         choices = [
             ["import-hf", source, target],

@@ -17,9 +17,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "growth-megatron probe runs/base@5000 --candidates growths.yaml --steps 200",
         "growth-megatron probe runs/base --candidates growths.yaml --steps 200 --ranks 8 --set schedule.warmup_steps=9",
     )
-    parser.epilog = (
-        f"{parser.epilog}\n\n"
-        "growths.yaml maps names to sections of a stage; all else is as in the stage that the checkpoint is of:\n"
+    parser.description = (
+        f"{parser.description}\n\n"
+        "FILE.yaml maps names to sections of a stage; all else is as in the stage that the checkpoint is of:\n"
         "  stack: {model: {num_layers: 24}, growth: {operator: stack}}\n"
         "  identity: {model: {num_layers: 24}, growth: {operator: identity, optimizer_state: carry}}\n"
         "  none: {}"
