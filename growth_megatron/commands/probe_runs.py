@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from growth_megatron.checkpoint.origin import find_origin
 from growth_megatron.commands.probe_configs import ProbeConfig, probe_config, read_candidates
@@ -83,7 +84,7 @@ def _candidate(folder: Path, config: ProbeConfig, start: int, steps: int, ranks:
     if came is None:
         log = folder / f"{config.name}.log"
         code = _train(folder / f"{config.name}.yaml", _ranks(config, ranks), log)
-        if code in (EXIT_STOPPED_EARLY, -signal.SIGTERM, -signal.SIGINT):
+        if code == EXIT_STOPPED_EARLY:
             return None
         came = _figures(folder, config, start, steps)
         if code != EXIT_OK or came is None:
@@ -107,13 +108,20 @@ def _train(config: Path, ranks: int, log: Path) -> int:
     """``growth-megatron train`` with its output in ``log``; signals go on to it, so that it saves and ends."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "growth_megatron", "train", str(config)]
+    signals: list[int] = []
     with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
-        before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in _SIGNALS}
+
+        def hand_on(number: int, _: FrameType | None) -> None:
+            signals.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, hand_on) for number in _SIGNALS}
         try:
-            return process.wait()
+            code = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    return EXIT_STOPPED_EARLY if signals and code != EXIT_OK else code  # torchrun has another code of its own
 
 
 def _ranks(config: ProbeConfig, asked: int | None) -> int:

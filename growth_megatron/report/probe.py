@@ -59,10 +59,13 @@ class Candidate:
 
 
 def candidate(name: str, model: str, records: Sequence[Mapping[str, Any]], start: int, steps: int) -> Candidate | None:
-    """The figures of the run with these ``records``, which began at step ``start``; None unless it did ``steps``."""
+    """The figures of the run with these ``records``, which began at step ``start``; None unless it was done by ``steps``.
+
+    A run that has gone on since still has that on record.
+    """
     until = [r for r in records if r.get("step") is not None and start <= r["step"] <= start + steps]
     train = {r["step"]: r for r in until if r["kind"] == "train" and r.get("loss") is not None}
-    if start + steps not in train:
+    if not any(r["kind"] == "event" and r.get("event") == "done" and r["step"] == start + steps for r in until):
         return None
     held = {r["step"]: r["validation_loss"] for r in until if r["kind"] == "validation"}
     grown = next((r for r in until if r["kind"] == "growth"), None)

@@ -54,7 +54,7 @@ def test_one_that_falls_faster_is_named_with_the_steps_that_would_tell() -> None
     assert not any("faster" in text for text in conclusions([best, level]))
 
 
-def test_a_candidate_is_done_when_its_last_step_is_recorded_and_later_steps_do_not_count() -> None:
+def test_a_candidate_is_done_when_its_run_says_so_and_later_steps_do_not_count() -> None:
     def train(step: int) -> dict[str, Any]:
         return {"kind": "train", "step": step, "loss": float(step), "flops": 100.0 + 5 * step}
 
@@ -65,6 +65,8 @@ def test_a_candidate_is_done_when_its_last_step_is_recorded_and_later_steps_do_n
         {"kind": "validation", "step": 12, "validation_loss": 8.0},
         {"kind": "validation", "step": 14, "validation_loss": 7.0},
     ]
+    assert candidate("a", "m", records, start=10, steps=3) is None  # stopped between its last step and the end
+    records.insert(-1, {"kind": "event", "event": "done", "step": 13})
     found = candidate("a", "m", records, start=10, steps=3)
     assert found == Candidate("a", "m", 9.0, ((2, 8.0),), (11.0, 12.0, 13.0), 15.0)
     assert candidate("a", "m", records, start=10, steps=5) is None
