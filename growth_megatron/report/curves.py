@@ -114,7 +114,7 @@ def summarise(run_directory: str | Path, records: Sequence[Record] | None = None
         raise DataError(f"{directory} has no training step in its metrics yet; let the run go on first")
     growths = [record for record in records if record["kind"] == "growth"]
     names = list(dict.fromkeys(record["stage"] for record in train))
-    geometries = _geometries(directory, names, growths)
+    geometries = _geometries(directory, train, growths)
     stages: list[StageSummary] = []
     for name in names:
         stages.append(_stage(name, geometries.get(name), records, stages))
@@ -236,16 +236,16 @@ def _growth(record: Record, records: Sequence[Record]) -> GrowthSummary:
     )
 
 
-def _geometries(directory: Path, names: Sequence[str], growths: Sequence[Record]) -> dict[str, Mapping[str, Any]]:
-    """Geometry of each stage: of the run's configuration, else of its growth records."""
+def _geometries(directory: Path, train: Sequence[Record], growths: Sequence[Record]) -> dict[str, Mapping[str, Any]]:
+    """Geometry of each stage: of the run's configuration, else, as of a parent's stages, of the growths beside it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for growth in growths:
+        before = [record["stage"] for record in train if record["step"] <= growth["step"]]
+        after = [record["stage"] for record in train if record["step"] > growth["step"]]
+        found |= {name: growth["source_geometry"] for name in before[-1:] if name not in found}
+        found |= dict.fromkeys(after[:1], growth["target_geometry"])
     try:
         config = load_config(directory / "config.yaml").config
-        return {stage.name: stage.model.model_dump() for stage in config.stages}
     except (GrowthMegatronError, OSError):
-        pass
-    found: dict[str, Mapping[str, Any]] = {}
-    for index, record in enumerate(growths[: len(names)]):
-        found[names[index]] = record["source_geometry"]
-        if index + 1 < len(names):
-            found[names[index + 1]] = record["target_geometry"]
-    return found
+        return found
+    return found | {stage.name: stage.model.model_dump() for stage in config.stages}

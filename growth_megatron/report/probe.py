@@ -59,7 +59,7 @@ class Candidate:
 
 
 def candidate(name: str, model: str, records: Sequence[Mapping[str, Any]], start: int, steps: int) -> Candidate | None:
-    """The figures of the run with these ``records``, which began at step ``start``; None unless it was done by ``steps``.
+    """The figures of the run with these ``records``, begun at step ``start``; None unless it was done ``steps`` on.
 
     A run that has gone on since still has that on record.
     """

@@ -125,6 +125,7 @@ def test_the_report_joins_a_branch_to_its_parent(parent: Path, tmp_path: Path) -
     assert [(stage.name, stage.steps) for stage in summary.stages] == [("run/base", 4), ("run/grown", 2), ("only", 2)]
     assert summary.tokens == read_manifest(tmp_path / "branch" / "latest").consumed_tokens
     assert summary.growths
+    assert [stage.geometry and stage.geometry["num_layers"] for stage in summary.stages] == [2, 4, 4]
     assert "run/grown" in render_summary(summary)
 
 
