@@ -25,6 +25,11 @@ from growth_megatron.train.console import geometry
 __all__ = ["GrowthSummary", "RunSummary", "StageSummary", "plot_loss", "render_summary", "summarise"]
 
 Record = Mapping[str, Any]
+_NEEDED = {
+    "train": ("step", "stage", "stage_step", "consumed_tokens", "flops"),
+    "validation": ("step", "consumed_tokens"),
+    "growth": ("step",),
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def summarise(run_directory: str | Path, records: Sequence[Record] | None = None
     train = [record for record in records if record["kind"] == "train"]
     if not train:
         raise DataError(f"{directory} has no training step in its metrics yet; let the run go on first")
+    _check_records(directory, records)
     growths = [record for record in records if record["kind"] == "growth"]
     names = list(dict.fromkeys(record["stage"] for record in train))
     geometries = _geometries(directory, train, growths)
@@ -132,6 +138,16 @@ def summarise(run_directory: str | Path, records: Sequence[Record] | None = None
         peak_memory_bytes=max(_values(train, "memory_bytes"), default=None),
         events=tuple(r["message"] for r in records if r["kind"] == "event" and r.get("event") == "non_finite"),
     )
+
+
+def _check_records(directory: Path, records: Sequence[Record]) -> None:
+    for record in records:
+        for name in _NEEDED.get(record["kind"], ()):
+            if record.get(name) is None:
+                raise DataError(
+                    f"{directory}: the {record['kind']} record of step {record.get('step')} has no {name}; the metrics "
+                    "were damaged, remove that line"
+                )
 
 
 def render_summary(summary: RunSummary) -> str:

@@ -71,7 +71,8 @@ def _thinned(records: Sequence[Record], stretch: int) -> dict[str, list[float | 
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return float(f"{sum(values) / len(values):.6g}") if values else None
+    mean = sum(values) / len(values) if values else math.nan
+    return float(f"{mean:.6g}") if math.isfinite(mean) else None
 
 
 class _Places:

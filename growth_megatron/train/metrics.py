@@ -47,6 +47,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "evaluation": ("step", "consumed_tokens", "flops", "flops_6nd", "results"),
     "event": ("step", "event", "message"),
 }  # fmt: skip
+_TEXTS = ("stage", "operator", "source", "target", "optimizer_state", "path", "event", "message")
+_MAPPINGS = ("source_geometry", "target_geometry", "results")
 
 
 class Metrics(Protocol):
@@ -230,14 +232,26 @@ def _records(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str,
             record = json.loads(line)
             if not isinstance(record["kind"], str) or not isinstance(record.get("step"), int | None):
                 raise ValueError(record)
+            _check_fields(record)
         except (ValueError, TypeError, KeyError, RecursionError):  # also bytes that are not UTF-8
             if number == len(lines):  # no newline behind it: the write was cut short
                 return
             if damaged is not None:
                 damaged.append(number)
                 continue
-            raise DataError(f"{path}:{number}: not a JSON object; the file was damaged, remove that line") from None
+            raise DataError(
+                f"{path}:{number}: not a record of metrics; the file was damaged, remove that line"
+            ) from None
         yield record
+
+
+def _check_fields(record: Mapping[str, Any]) -> None:
+    """Raises ValueError if a field of ours has a value that it never has: all but a few are numbers, or null."""
+    for name in FIELDS.get(record["kind"], ()):
+        value = record.get(name)
+        expected = str if name in _TEXTS else Mapping if name in _MAPPINGS else int | float
+        if value is not None and not isinstance(value, expected):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def _until(path: Path, step: int, before_growth: bool, learned: int | None) -> Iterator[dict[str, Any]]:

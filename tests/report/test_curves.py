@@ -124,6 +124,16 @@ def test_a_run_that_has_not_trained_yet_is_refused(tmp_path: Path) -> None:
         plot_loss(tmp_path, tmp_path / "x.png")
 
 
+def test_a_record_that_lacks_what_every_one_has_is_named(tmp_path: Path) -> None:
+    records = growing_run()
+    del records[1]["consumed_tokens"]
+    with pytest.raises(DataError, match="the train record of step 20 has no consumed_tokens"):
+        summarise(written(tmp_path, records))
+    records[1]["consumed_tokens"] = "many"
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record of metrics"):
+        summarise(written(tmp_path, records))
+
+
 def test_the_plot_has_two_panels_with_the_growth_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure_module = pytest.importorskip("matplotlib.figure")
     seen: list[Any] = []

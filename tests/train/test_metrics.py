@@ -140,7 +140,7 @@ def test_a_damaged_line_is_named_and_a_resumed_run_goes_on_without_it(
         file.write(line + b"\n")
     with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
         logger.log("train", **train_fields(2))
-        with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object"):
+        with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record of metrics"):
             read_metrics(tmp_path)
         logger.rewind(1)
         logger.log("train", **train_fields(2))
