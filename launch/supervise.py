@@ -21,6 +21,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from torch.distributed import TCPStore
+from torch.distributed import DistError, TCPStore
 from torch.distributed import run as _torchrun  # untyped
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from growth_megatron.errors import (
     EXIT_FAULT,
@@ -42,12 +44,14 @@ from growth_megatron.errors import (
     GrowthMegatronError,
 )
 from growth_megatron.growth.configuration import load_config
+from growth_megatron.parallel.keep_alive import keep_alive
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 torchrun: Any = _torchrun
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 LEAVE_TIMEOUT_S = 60.0
 POLL_S = 0.5
+KEEP_ALIVE_EVERY_S = 5.0
 
 
 def say(text: str) -> None:
@@ -140,6 +144,17 @@ def run_workers(elastic_options: Sequence[str], training_arguments: Sequence[str
     return EXIT_OK
 
 
+def watch_connections(port: int) -> None:
+    """All connections to the rendezvous, now and later, end within a bound when the other node is cut off."""
+
+    def watch() -> None:
+        while True:
+            keep_alive(port)
+            time.sleep(KEEP_ALIVE_EVERY_S)
+
+    threading.Thread(target=watch, name="keep alive", daemon=True).start()
+
+
 def next_world_size(run_directory: Path) -> int:
     """The world size that the run asked for when it ended with 76."""
     path = run_directory / "next_layout.json"
@@ -161,7 +176,10 @@ class Supervisor:
         self.training_arguments = training_arguments
         self.requeue = os.environ.get("GROWTH_MEGATRON_REQUEUE") == "1"
         self.signals = Signals()
-        self.store = self._join() if cluster.nodes > 1 else None
+        self.store = None
+        if cluster.nodes > 1:
+            self.store = self._join()
+            watch_connections(cluster.port)
 
     def _join(self) -> TCPStore:
         """The store that outlives the attempts. multi_tenant: the agent of the head node shares its port."""
@@ -257,6 +275,23 @@ class Supervisor:
         return [*options, f"--local-addr={local_address}"] if local_address else options
 
 
+def describe(config: Any, cluster: Cluster) -> str:
+    """Run directory, and the ranks and nodes of each stage, where it is started on all of ``cluster``."""
+    lines = [f"run directory: {config.run.directory}"]
+    for stage in config.stages:
+        layout, world = stage.parallel, cluster.nodes * cluster.processes_per_node
+        size = layout.model_parallel_size
+        if layout.data_parallel_size is not None:
+            world = size * layout.data_parallel_size
+        nodes = -(-world // cluster.processes_per_node)
+        fits = world % size == 0 and world % nodes == 0
+        note = f"{nodes} node(s) with {world // nodes} process(es) each" if fits else f"which {size} do not divide"
+        if nodes > cluster.nodes:
+            note += f", {nodes - cluster.nodes} more than there are: another job is submitted for it"
+        lines.append(f"stage {stage.name}: {world} rank(s), {note}")
+    return "\n".join(lines)
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Used by launch/torchrun.sh and launch/torchrun_multinode.sh.")
     parser.add_argument("--nproc", type=int, required=True, help="processes per node")
@@ -264,6 +299,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, default=0)
     parser.add_argument("--head", default="localhost")
     parser.add_argument("--port", type=int, default=29500)
+    parser.add_argument("--describe", action="store_true", help="say what would run where, and end")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs=argparse.REMAINDER)
     return parser.parse_args(argv)
@@ -275,8 +311,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Read here first: a mistake in the YAML shows once, before any process starts.
         config = load_config(arguments.config, arguments.overrides).config
         cluster = Cluster(arguments.nnodes, arguments.node_rank, arguments.nproc, arguments.head, arguments.port)
+        if arguments.describe:
+            print(describe(config, cluster))
+            return EXIT_OK
         supervisor = Supervisor(cluster, Path(config.run.directory), [arguments.config, *arguments.overrides])
         return supervisor.run(arguments.nnodes * arguments.nproc)
+    except (DistError, RendezvousError) as error:
+        say(
+            f"node {arguments.node_rank} has lost the others ({str(error).splitlines()[0]}); when all of them reach "
+            f"{arguments.head}:{arguments.port} again, re-run the same command on each to resume"
+        )
+        return EXIT_FAULT
     except GrowthMegatronError as error:
         print(f"growth-megatron train: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from growth_megatron.config.words import listed
 from growth_megatron.errors import EXIT_FAULT
 from growth_megatron.parallel import collectives
+from growth_megatron.parallel.keep_alive import keep_alive
 
 TRAINING = "training"
 LONGEST_STEPS = 20
@@ -96,6 +97,8 @@ class Watchdog:
             met_at: Any = dist.distributed_c10d._get_default_store()
             self._store = met_at.clone()  # a connection of this thread
             self._store.set_timeout(_STORE_TIMEOUT)
+            if port := os.environ.get("MASTER_PORT", ""):  # a node that is cut off must notice
+                keep_alive(int(port))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
