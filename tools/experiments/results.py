@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import KINDS, RATES, TARGET, Experiment, model_of, tuning
+from runs import KINDS, RATES, TARGET, Experiment, model_of, tuning  # type: ignore[import-not-found]
 
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
@@ -29,9 +29,10 @@ def steps_of(run: Experiment) -> float:
     """Cost of a run in steps of the target."""
     whole = flops_per_token(model_of(TARGET))
     stages = run.content["stages"]
-    return sum(
+    steps: float = sum(
         stage["training"]["steps"] * flops_per_token(model_of(stage.get("model", TARGET))) / whole for stage in stages
     )
+    return steps
 
 
 def is_finished(output: Path, run: Experiment) -> bool:
@@ -48,7 +49,7 @@ def record(output: Path, run: Experiment) -> None:
     """Write down the figures of a run that has just finished."""
     validation = read_run(output / "runs" / run.name).curves["validation"]
     lines = (output / "logs" / f"{run.name}.log").read_text(encoding="utf-8").splitlines()
-    held_out = {} if run.is_base else json.loads(lines[-1])
+    held_out = json.loads(lines[-1]) if run.is_compared else {}
     entry = {
         "name": run.name,
         "group": run.group,
@@ -101,8 +102,8 @@ def annealed_speed_up(entry: Record, scratch: Sequence[Record]) -> float | str:
 
     Where the loss is outside of them nothing is extrapolated: the text says on which side.
     """
-    losses, costs = ([each[key] for each in scratch] for key in ("same_sources", "flops"))
-    loss, cost = entry["same_sources"], entry["flops"]
+    losses, costs = ([float(each[key]) for each in scratch] for key in ("same_sources", "flops"))
+    loss, cost = float(entry["same_sources"]), float(entry["flops"])
     if loss > losses[0]:
         return f"< {costs[0] / cost - 1:+.1%}"
     if loss < min(losses):

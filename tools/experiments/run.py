@@ -21,9 +21,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import results
+import results  # type: ignore[import-not-found]
 import yaml
-from runs import COMMON, KINDS, RATES, Experiment, ablations, nine_way, tuning
+from runs import COMMON, KINDS, RATES, Experiment, ablations, nine_way, tuning  # type: ignore[import-not-found]
 
 HERE = Path(__file__).resolve().parent
 TRAINED_ON = ("speeches", "anarchism", "postgresql", "python")
@@ -98,7 +98,7 @@ class Crew:
                 waiting.remove(run)
                 self._start(run)
             for job in self._ended():
-                if not self._go_on(job):
+                if self.stopping or not self._go_on(job):
                     continue
                 left -= costs[job.run.name]
                 if job.process.returncode == 0:
@@ -122,7 +122,7 @@ class Crew:
     def _start(self, run: Experiment) -> None:
         train = [*CLI, "train", str(write_config(run, self.output))]
         after = [["nice", "-n", "19", sys.executable, str(HERE / "held_out.py"), f"runs/{run.name}"]]
-        self.jobs.append(Job(run, self._open(run, train), [] if run.is_base else after))
+        self.jobs.append(Job(run, self._open(run, train), after if run.is_compared else []))
 
     def _open(self, run: Experiment, command: list[str]) -> subprocess.Popen[bytes]:
         self._log(run).parent.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ class Crew:
 
     def _go_on(self, job: Job) -> bool:
         """Whether nothing of ``job`` follows."""
-        if job.process.returncode or not job.later or self.stopping:
+        if job.process.returncode or not job.later:
             return True
         self.jobs.append(Job(job.run, self._open(job.run, job.later[0]), job.later[1:]))
         return False

@@ -26,7 +26,8 @@ COMMON = Path(__file__).resolve().with_name("common.yaml")
 _COMMON = yaml.safe_load(COMMON.read_text(encoding="utf-8"))
 TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["sequence_length"]
 
-SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1000, 240, 960, 50, 90
+SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1500, 360, 1440, 50, 140
+KEEP_STEPS = BASE_STEPS // 4
 SEEDS, TUNING_SEED = (1, 2, 3), 7
 RATES = (3e-3, 6e-3, 1.2e-2)
 BASE_RATE = 6e-3
@@ -84,7 +85,12 @@ class Experiment:
     @property
     def is_base(self) -> bool:
         """Whether it is only there to be grown."""
-        return self.column.startswith("base")
+        return self.group == "bases"
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether it belongs into the table of results."""
+        return self.group in ("nine_way", "ablations")
 
 
 def schedule(rate: float, kind: str = "cosine", **others: Any) -> Content:
@@ -160,7 +166,8 @@ def steps_left(base: Content, growth: Mapping[str, Any], scratch_steps: float) -
         layers = choose(GrowthConfig(operator="learn")).layers(source.num_layers, target.num_layers)
         per_step = TOKENS_PER_STEP * flops_per_token(target)
         spent += LEARN_STEPS * (1 + map_costs(source, target, layers).flops / per_step)
-    return round(scratch_steps - spent)
+    steps: int = round(scratch_steps - spent)
+    return steps
 
 
 def model_of(sizes: Model) -> ModelConfig:
@@ -182,7 +189,7 @@ def tuning() -> Iterator[Experiment]:
 def nine_way(rates: Mapping[str, float]) -> Iterator[Experiment]:
     """Four operators in two directions and scratch, seed by seed; scratch also at budgets around the others'."""
     for seed in SEEDS:
-        bases = {"depth": base_run("depth", seed, every=60), "width": base_run("width", seed)}
+        bases = {"depth": base_run("depth", seed, every=KEEP_STEPS), "width": base_run("width", seed)}
         yield from bases.values()
         yield scratch_run("nine_way", "scratch", seed, schedule(rates["scratch"]))
         for operator in OPERATORS["depth"]:
@@ -196,7 +203,7 @@ def nine_way(rates: Mapping[str, float]) -> Iterator[Experiment]:
 def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
     """One thing changed at a time; ``random`` without masks with all seeds, the others with the first."""
     plans = {kind: schedule(rate) for kind, rate in rates.items()}
-    depth, width = ({seed: base_run(kind, seed, every=60 if kind == "depth" else None) for seed in SEEDS}
+    depth, width = ({seed: base_run(kind, seed, every=KEEP_STEPS if kind == "depth" else None) for seed in SEEDS}
                     for kind in ("depth", "width"))  # fmt: skip
     for seed in SEEDS:
         yield grown_run("ablations", "depth_random_unmasked", depth[seed], {"operator": "random"}, plans["depth"])
@@ -208,7 +215,7 @@ def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
 
 
 def _of_timing(base: Experiment, plans: Mapping[str, Content]) -> Iterator[Experiment]:
-    """d: how long the base is trained, at equal FLOPs in all; 240 steps are the nine-way's."""
+    """d: how long the base is trained, at equal FLOPs in all; 360 steps are the nine-way's."""
     plan, stack = plans["depth"], {"operator": "stack"}
     yield chained_run("ablations", "d_0", base.seed, "depth", 0, (schedule(BASE_RATE, "constant"), plan), {})
     for at in (BASE_STEPS // 4, BASE_STEPS // 2):
@@ -249,7 +256,7 @@ def _of_optimizer(depth: Experiment, width: Experiment, plans: Mapping[str, Cont
 def _of_late_growth(rates: Mapping[str, float]) -> Iterator[Experiment]:
     """Warm-up, constant, then down over a fifth of the steps: from scratch, grown early, grown late."""
     wsd = {kind: schedule(rate, "wsd", decay_steps=SCRATCH_STEPS // 5) for kind, rate in rates.items()}
-    early, late = base_run("depth", 1, every=60), base_run("depth", 1, LATE_STEPS, every=2 * BASE_STEPS)
+    early, late = base_run("depth", 1, every=KEEP_STEPS), base_run("depth", 1, LATE_STEPS, every=2 * BASE_STEPS)
     yield scratch_run("ablations", "wsd_scratch", 1, wsd["scratch"])
     yield grown_run("ablations", "wsd_early", early, {"operator": "stack"}, wsd["depth"])
     yield grown_run("ablations", "wsd_late", late, {"operator": "stack"}, wsd["depth"])
