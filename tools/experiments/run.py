@@ -25,6 +25,9 @@ import results  # type: ignore[import-not-found]
 import yaml
 from runs import COMMON, KINDS, RATES, Experiment, ablations, nine_way, tuning  # type: ignore[import-not-found]
 
+from growth_megatron.errors import ConfigError, GrowthMegatronError
+from growth_megatron.parallel.file_lock import locked
+
 HERE = Path(__file__).resolve().parent
 TRAINED_ON = ("speeches", "anarchism", "postgresql", "python")
 VOCABULARY = yaml.safe_load(COMMON.read_text(encoding="utf-8"))["model"]["vocab_size"]
@@ -179,15 +182,26 @@ def main(arguments: list[str] | None = None) -> int:
             )
         return 0
     output.mkdir(parents=True, exist_ok=True)
-    prepare(output)
-    crew = Crew(output, options.workers)
+    try:
+        with locked(
+            output / "lock", ConfigError(f"another process works in {output}; stop it, or give another --output")
+        ):
+            prepare(output)
+            return work(output, options.phase, options.workers)
+    except GrowthMegatronError as error:
+        sys.exit(str(error))
+
+
+def work(output: Path, phase: str, workers: int) -> int:
+    """Tuning, then the runs of ``phase``; the exit code."""
+    crew = Crew(output, workers)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, crew.stop)
     if not crew.work(list(tuning())):
         return 1
     rates = results.best_rates(output)
     print(f"learning rates: {json.dumps(rates)}", flush=True)
-    complete = crew.work(of_phase(options.phase, rates))
+    complete = crew.work(of_phase(phase, rates))
     results.write(output)
     print(f"results: {output / 'results.json'}, results.md, results.png")
     return 0 if complete else 1

@@ -26,7 +26,8 @@ COMMON = Path(__file__).resolve().with_name("common.yaml")
 _COMMON = yaml.safe_load(COMMON.read_text(encoding="utf-8"))
 TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["sequence_length"]
 
-SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1500, 360, 1440, 50, 140
+SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1000, 240, 960, 50, 90
+TUNING_BUDGET = 0.75
 KEEP_STEPS = BASE_STEPS // 4
 SEEDS, TUNING_SEED = (1, 2, 3), 7
 RATES = (3e-3, 6e-3, 1.2e-2)
@@ -176,14 +177,14 @@ def model_of(sizes: Model) -> ModelConfig:
 
 
 def tuning() -> Iterator[Experiment]:
-    """Each rate for each kind at half the budget, with a seed that is not used again."""
-    bases = {kind: base_run(kind, TUNING_SEED, BASE_STEPS // 2) for kind in ("depth", "width")}
+    """Each rate for each kind at three quarters of the budget, with a seed that is not used again."""
+    bases = {kind: base_run(kind, TUNING_SEED, round(TUNING_BUDGET * BASE_STEPS)) for kind in ("depth", "width")}
     yield from bases.values()
     for rate in RATES:
-        yield scratch_run("tuning", f"scratch_{rate:g}", TUNING_SEED, schedule(rate), 0.5)
+        yield scratch_run("tuning", f"scratch_{rate:g}", TUNING_SEED, schedule(rate), TUNING_BUDGET)
         for kind, base in bases.items():
             direct = OPERATORS[kind]["direct"]
-            yield grown_run("tuning", f"{kind}_{rate:g}", base, direct, schedule(rate), budget=0.5)
+            yield grown_run("tuning", f"{kind}_{rate:g}", base, direct, schedule(rate), budget=TUNING_BUDGET)
 
 
 def nine_way(rates: Mapping[str, float]) -> Iterator[Experiment]:
@@ -215,7 +216,7 @@ def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
 
 
 def _of_timing(base: Experiment, plans: Mapping[str, Content]) -> Iterator[Experiment]:
-    """d: how long the base is trained, at equal FLOPs in all; 360 steps are the nine-way's."""
+    """d: how long the base is trained, at equal FLOPs in all; 240 steps are the nine-way's."""
     plan, stack = plans["depth"], {"operator": "stack"}
     yield chained_run("ablations", "d_0", base.seed, "depth", 0, (schedule(BASE_RATE, "constant"), plan), {})
     for at in (BASE_STEPS // 4, BASE_STEPS // 2):
