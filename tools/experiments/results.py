@@ -1,7 +1,7 @@
 """What came of the experiments: a record of each finished run, and tables and a picture of all that there are.
 
 Owns: DIR/finished/NAME.json (one run), results.json, results.md, results.png. All is written beside, then renamed.
-Does not own: which runs there are (``runs.py``), curves and speed-ups along them (``growth_megatron.report``).
+Does not own: which runs there are (``experiments.py``), curves and speed-ups along them (``growth_megatron.report``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import KINDS, RATES, TARGET, Experiment, model_of, tuning  # type: ignore[import-not-found]
+from experiments import KINDS, RATES, TARGET, Experiment, model_of, tuning  # type: ignore[import-not-found]
 
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token

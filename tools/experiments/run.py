@@ -1,4 +1,4 @@
-"""Train what ``runs.py`` lists and write what came of it: does growth pay, at a size that two cores can train?
+"""Train what ``experiments.py`` lists and write what came of it: does growth pay, at a size that two cores can train?
 
     python tools/experiments/run.py [tuning|nine_way|ablations|all] --output DIR [--workers 2] [--dry-run]
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import results  # type: ignore[import-not-found]
 import yaml
-from runs import COMMON, KINDS, RATES, Experiment, ablations, nine_way, tuning  # type: ignore[import-not-found]
+from experiments import COMMON, KINDS, RATES, Experiment, ablations, nine_way, tuning  # type: ignore[import-not-found]
 
 from growth_megatron.errors import ConfigError, GrowthMegatronError
 from growth_megatron.parallel.file_lock import locked
