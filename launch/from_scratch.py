@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from growth_megatron.config.document import dump
-from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.run_schema import RunConfig
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import flops_per_token

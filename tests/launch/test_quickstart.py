@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from growth_megatron.config.schema import RunConfig
+from growth_megatron.config.run_schema import RunConfig
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.plan import plan_run
 from tests.pool import ROOT, TIMEOUT_S, environment
