@@ -88,9 +88,10 @@ class Crew:
     def work(self, runs: Sequence[Experiment]) -> bool:
         """Until all ``runs`` are finished; False if one failed or a signal came."""
         waiting = [run for run in runs if not results.is_finished(self.output, run)]
-        costs = {run.name: results.steps_of(run) for run in runs}
-        failed, done, began = set[str](), len(runs) - len(waiting), time.monotonic()
-        left = total = sum(costs[run.name] for run in waiting)
+        for run in waiting:  # before any is started: it may end the program
+            write_config(run, self.output)
+        failed, began = set[str](), time.monotonic()
+        left = total = sum(results.steps_of(run) for run in waiting)
         while self.jobs or (waiting and not self.stopping):
             for run in [run for run in waiting if failed.intersection(run.needs)]:
                 print(f"{run.name} is left out: it needs {', '.join(run.needs)}", flush=True)
@@ -101,17 +102,13 @@ class Crew:
                 waiting.remove(run)
                 self._start(run)
             for job in self._ended():
-                if self.stopping or not self._go_on(job):
+                if self.stopping or not self._is_over(job):
                     continue
-                left -= costs[job.run.name]
-                if job.process.returncode == 0:
-                    done += 1
-                    results.record(self.output, job.run)
-                    results.write(self.output)
-                else:
+                if not self._record(job):
                     failed.add(job.run.name)
-                    print(f"{job.run.name} ended with {job.process.returncode}; see {self._log(job.run)}", flush=True)
+                left -= results.steps_of(job.run)
                 hours = (time.monotonic() - began) * left / max(total - left, 1) / 3600
+                done = sum(results.is_finished(self.output, run) for run in runs)
                 print(f"{job.run.name}: done {done} of {len(runs)}, about {hours:.1f} h left", flush=True)
             time.sleep(0.5)
         return not failed and not self.stopping
@@ -123,7 +120,7 @@ class Crew:
             job.process.send_signal(signal.SIGTERM)
 
     def _start(self, run: Experiment) -> None:
-        train = [*CLI, "train", str(write_config(run, self.output))]
+        train = [*CLI, "train", f"configs/{run.name}.yaml"]
         after = [["nice", "-n", "19", sys.executable, str(HERE / "held_out.py"), f"runs/{run.name}"]]
         self.jobs.append(Job(run, self._open(run, train), after if run.is_compared else []))
 
@@ -137,12 +134,21 @@ class Crew:
         self.jobs = [job for job in self.jobs if job not in ended]
         return ended
 
-    def _go_on(self, job: Job) -> bool:
-        """Whether nothing of ``job`` follows."""
+    def _is_over(self, job: Job) -> bool:
+        """Whether nothing of ``job`` follows; else it goes on."""
         if job.process.returncode or not job.later:
             return True
         self.jobs.append(Job(job.run, self._open(job.run, job.later[0]), job.later[1:]))
         return False
+
+    def _record(self, job: Job) -> bool:
+        """Whether it ended well; then its figures are written down."""
+        if job.process.returncode:
+            print(f"{job.run.name} ended with {job.process.returncode}; see {self._log(job.run)}", flush=True)
+            return False
+        results.record(self.output, job.run)
+        results.write(self.output)
+        return True
 
     def _log(self, run: Experiment) -> Path:
         return self.output / "logs" / f"{run.name}.log"
