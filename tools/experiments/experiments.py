@@ -209,6 +209,11 @@ def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
     for seed in SEEDS:
         yield grown_run("ablations", "depth_random_unmasked", depth[seed], {"operator": "random"}, plans["depth"])
         yield grown_run("ablations", "width_random_unmasked", width[seed], {"operator": "random"}, plans["width"])
+    for rate in (
+        rates["scratch"],
+        RATES[-1],
+    ):  # added when seed 1 had been seen: is it scratch's short warm-up that loses?
+        yield scratch_run("ablations", f"scratch_{rate:g}_warmup", 1, schedule(rate, warmup_steps=BASE_STEPS))
     yield from _of_timing(depth[1], plans)
     yield from _of_factor_and_layers(depth[1], plans["depth"])
     yield from _of_optimizer(depth[1], width[1], plans)

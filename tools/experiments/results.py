@@ -91,7 +91,7 @@ def columns_of(records: Sequence[Record]) -> dict[str, Record]:
         column["other_source"][seed] = entry["other_source"]
         column["flops"][seed] = entry["flops"]
         scratch = [nine[key] for name in (SHORT, "scratch", LONG) if (key := (name, entry["seed"])) in nine]
-        if len(scratch) == 3:
+        if len(scratch) == 3 and entry not in scratch:
             column["speed_up"][seed] = annealed_speed_up(entry, scratch)
             column["gain"][seed] = scratch[1]["same_sources"] - entry["same_sources"]
     return {name: dict(column) for name, column in columns.items()}
