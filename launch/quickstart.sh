@@ -6,15 +6,18 @@ usage() {
     cat <<'USAGE'
 From a fresh checkout to a grown model: environment, corpus, tokenizer, data, training, report, some text.
 
-    bash launch/quickstart.sh [a.b=c ...]
+    bash launch/quickstart.sh [--with-scratch] [a.b=c ...]
 
-    a.b=c   overrides of configs/quickstart.yaml
+    --with-scratch   also trains the grown size from scratch, on as many FLOPs and the same data, and compares the two
+    a.b=c            overrides of configs/quickstart.yaml
 
 Asks nothing, needs no GPU, writes only to .venv, data/ and runs/. What is finished is skipped; interrupted, the same
-command goes on where it was. Minutes on two cores, after the downloads (torch, and 4.5 MB of speeches).
+command goes on where it was. Minutes on two cores, twice as many with scratch, after the downloads (torch, and 4.5 MB
+of speeches).
 
 Examples
     bash launch/quickstart.sh
+    bash launch/quickstart.sh --with-scratch
     bash launch/quickstart.sh run.directory=runs/carry stages.grown.growth.optimizer_state=carry
 
 Environment
@@ -23,18 +26,21 @@ Environment
 USAGE
 }
 
+number=0 steps=7 with_scratch=
 step() {
+    number=$((number + 1))
     echo
-    echo "== $*"
+    echo "== $number/$steps $*"
 }
 
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
+    --with-scratch) with_scratch=yes steps=9; shift ;;
 esac
 cd "$repository"
 config=configs/quickstart.yaml
 
-step "1/7 environment"
+step "environment"
 environment_install plot
 python=$venv/bin/python
 export PATH=$venv/bin:$PATH
@@ -58,17 +64,17 @@ PYTHON
 read -r -d '' tokenizer train validation vocab_size run <<<"$settings" || true
 data=$(dirname "$tokenizer")
 
-step "2/7 corpus"
+step "corpus"
 "$python" tools/fetch_corpus.py "$data/corpus"
 
-step "3/7 tokenizer"
+step "tokenizer"
 if [ -f "$tokenizer" ]; then
     echo "$tokenizer is there already"
 else
     growth-megatron train-tokenizer "$data/corpus/train" --output "$tokenizer" --vocab-size "$vocab_size"
 fi
 
-step "4/7 data"
+step "data"
 for part in train validation; do
     prefix=${!part}
     if [ -f "$prefix.bin" ] && [ -f "$prefix.idx" ]; then
@@ -78,15 +84,25 @@ for part in train validation; do
     fi
 done
 
-step "5/7 training (continues where it was; logs and checkpoints in $run)"
+step "training (continues where it was; logs and checkpoints in $run)"
 processes=${QUICKSTART_PROCESSES:-2}
 echo "bash launch/torchrun.sh -n $processes $config $*"
 bash launch/torchrun.sh -n "$processes" "$config" "$@"
 
-step "6/7 report"
+step "report"
 growth-megatron report "$run"
 
-step "7/7 what it writes by now (of a corpus this small, with so few steps: words, not sense)"
+if [ -n "$with_scratch" ]; then
+    step "the grown size from scratch, on as many FLOPs"
+    scratch=$("$python" launch/from_scratch.py "$config" "$@") || exit 2
+    echo "bash launch/torchrun.sh -n $processes $scratch"
+    bash launch/torchrun.sh -n "$processes" "$scratch"
+
+    step "what did growth save? (one seed, and learning rates that nobody tuned: docs/results.md has more)"
+    growth-megatron compare "grown=$run" --baseline "${run%/}_scratch" --output "${run%/}_comparison"
+fi
+
+step "what it writes by now (of a corpus this small, with so few steps: words, not sense)"
 growth-megatron sample "$run" "The state of the Union" "We must" --max-tokens 40
 
 echo

@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers,
         "plan",
-        "growth-megatron plan configs/experiments/gstack_7b.yaml --gpus 64",
+        "growth-megatron plan configs/paper/stack_7b.yaml --gpus 64",
         "growth-megatron plan configs/quickstart.yaml --json",
     )
     add_config(parser, type=_config)

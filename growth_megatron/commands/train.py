@@ -13,7 +13,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "train",
         "growth-megatron train configs/quickstart.yaml",
-        "torchrun --nproc-per-node 8 -m growth_megatron train configs/experiments/gstack_1b.yaml",
+        "torchrun --nproc-per-node 8 -m growth_megatron train configs/paper/base_1b.yaml",
         "growth-megatron train configs/quickstart.yaml run.directory=runs/b stages.base.training.steps=50",
     )
     add_config(parser)

@@ -56,17 +56,21 @@ def plot_comparison(groups: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
     """
     figure = _figure(8, 4.8)
     axis = figure.subplots()
-    late = []
+    late, ends = [], []
     for number, (name, runs) in enumerate(groups.items()):
         color = _GROUPS[number % len(_GROUPS)]
         for run in runs:
             axis.plot(run["flops"], run["losses"], color=color, linewidth=1.6, alpha=0.9 if len(runs) == 1 else 0.6)
             late += list(run["losses"])[len(run["losses"]) // 5 :]
         end = min(runs, key=lambda run: run["losses"][-1])
-        axis.annotate(name, (end["flops"][-1], end["losses"][-1]), xytext=(5, 0), textcoords="offset points",
-                      va="center", fontsize=9, color=color, fontweight="bold", annotation_clip=False)  # fmt: skip
+        ends.append((end["losses"][-1], end["flops"][-1], name, color))
     margin = 0.05 * (max(late) - min(late) or 1.0)
     axis.set_ylim(min(late) - margin, max(late) + margin)  # the fall from the random start runs off the top
+    ends.sort()
+    heights = apart([loss for loss, *_ in ends], margin)
+    for height, (_, flops, name, color) in zip(heights, ends, strict=True):
+        axis.annotate(name, (flops, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
+                      color=color, fontweight="bold", annotation_clip=False)  # fmt: skip
     axis.set_xlim(left=0)
     axis.set_xlabel("FLOPs of training, the base's counted")
     axis.set_ylabel(f"{loss} (nats per token)")
@@ -86,6 +90,14 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     return figure
+
+
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """Where to write labels for rising ``values`` so that none is nearer than ``gap`` to the one below it."""
+    placed: list[float] = []
+    for value in values:
+        placed.append(max(value, placed[-1] + gap) if placed else value)
+    return placed
 
 
 def smooth(values: Sequence[float], half_width: int) -> list[float]:

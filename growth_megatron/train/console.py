@@ -62,7 +62,7 @@ class Position:
 
     def __init__(self, stage_steps: Mapping[str, int], total_flops: float | None) -> None:
         self.stage_steps = dict(stage_steps)
-        self.total_steps = sum(self.stage_steps.values())
+        self._steps_before = 0  # of the run that this one branched off, as soon as a record tells
         self.total_flops = total_flops
         self.step = 0
         self.stage = next(iter(self.stage_steps))
@@ -77,17 +77,28 @@ class Position:
         self.step, self.stage = step, name
 
     def measure(self, record: Record) -> None:
-        """Take a training record's step and FLOPs at this moment; saves and validations between two count as time."""
+        """Move to a training record, and take its FLOPs at this moment; saves and validations between two are time."""
+        self.move(record["step"], record["stage"])
         now = time.monotonic()
+        self._steps_before = record["step"] - record["stage_step"] - self._steps_of_earlier_stages
         self._pace.add(now, record["step"])
         if record.get("flops") is not None:
             self._flops_pace.add(now, record["flops"])
 
     @property
+    def total_steps(self) -> int:
+        """The step at which the run ends."""
+        return self._steps_before + sum(self.stage_steps.values())
+
+    @property
     def stage_step(self) -> int:
         """Steps done of the present stage."""
+        return self.step - self._steps_before - self._steps_of_earlier_stages
+
+    @property
+    def _steps_of_earlier_stages(self) -> int:
         names = list(self.stage_steps)
-        return self.step - sum(self.stage_steps[name] for name in names[: names.index(self.stage)])
+        return sum(self.stage_steps[name] for name in names[: names.index(self.stage)])
 
     @property
     def stage_length(self) -> int:
@@ -225,7 +236,6 @@ class LineConsole(Console):
             _tell(event_line(record))
             return
         position = self._position
-        position.move(record["step"], record["stage"])
         position.measure(record)
         digits = len(str(position.total_steps))
         values = "  ".join(f"{label} {value:>{_WIDTHS[label]}}" for label, value in train_values(record).items())

@@ -273,19 +273,23 @@ def _copies_bytes(config: RunConfig, index: int, memory: RankMemory, data_parall
 
 
 def _growth(config: RunConfig, index: int) -> str | None:
-    if index == 0:
-        first = config.stages[0].growth
-        return None if first is None else f"{first.operator} from {config.checkpoint.resume}"
-    source, stage = config.stages[index - 1], config.stages[index]
+    stage = config.stages[index]
+    if index == 0 and stage.growth is None:
+        return None
     growth = stage.growth or GrowthConfig()
     listed = " by an explicit layer list" if growth.layers is not None else ""
-    pairs = [(key, getattr(source.model, key), getattr(stage.model, key)) for key in _GROWING]
-    changes = [f"{key} {_shown(before)} -> {_shown(after)}" for key, before, after in pairs if before != after]
     options = growth.model_dump(exclude=_SHOWN_OTHERWISE, exclude_defaults=True)
     notes = [
         f"optimizer state {choose(growth).state_policy}",
         *(f"{key} {_shown(value)}" for key, value in options.items()),
     ]
+    if index == 0:  # of the source no more is known than its name
+        if choose(growth).is_learned:
+            notes.append(f"{phase_of(stage)[0].steps} steps that learn its maps come first and are not counted here")
+        return f"{growth.operator}{listed} from {config.checkpoint.resume}: {', '.join(notes)}"
+    source = config.stages[index - 1]
+    pairs = [(key, getattr(source.model, key), getattr(stage.model, key)) for key in _GROWING]
+    changes = [f"{key} {_shown(before)} -> {_shown(after)}" for key, before, after in pairs if before != after]
     if ramps := mask_ramps(source.model, stage.model, choose(growth)):
         notes.append(f"masks open: {describe_ramps(ramps)}")
     what = ", ".join(changes) or "the same geometry"

@@ -1,8 +1,9 @@
-"""Every YAML in configs/ is used: experiments load and plan at the size they name, models give the paper's counts."""
+"""Every YAML in configs/ is used: runs load and plan at the size they name, models give the paper's counts."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from growth_megatron.config.document import read
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.plan import parameter_count, plan_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-EXPERIMENTS = sorted(CONFIGS.glob("experiments/*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+PAPER = sorted(path for path in CONFIGS.glob("paper/*.yaml") if "Planned for" in path.read_text())
 MODELS = sorted(CONFIGS.glob("models/*.yaml"))
-RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("models", "recipes"))
+RUNS = [CONFIGS / "quickstart.yaml", *PAPER]
+COMMANDS = re.findall(r"`(configs/paper/[^`]*)`", (ROOT / "docs" / "paper.md").read_text())
 
 
 def _name(path: Path) -> str:
@@ -30,22 +33,35 @@ def test_run_loads_and_its_effective_text_loads_to_the_same(path, tmp_path):
     plan_run(load_config(path).config)
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=_name)
-def test_experiment_fits_the_gpus_it_names(path):
+@pytest.mark.parametrize("path", PAPER, ids=_name)
+def test_run_of_the_paper_fits_the_gpus_it_names_and_ends_where_it_says(path):
     text = path.read_text()
     gpus = re.search(r"Planned for (\d+) GPUs", text)
-    total = re.search(r"up to (\d+)B tokens", text)
     assert gpus
-    assert total
-    plan = plan_run(load_config(path).config, int(gpus[1]))
+    config = load_config(path).config
+    plan = plan_run(config, int(gpus[1]))
     assert max(stage.worst.total_bytes for stage in plan.stages) < 40 * 2**30  # the smaller A100
-    assert plan.tokens == pytest.approx(float(total[1]) * 1e9, rel=0.01)
-    assert plan.stages[0].tokens == pytest.approx(10e9, rel=0.05)
-    base, grown = (stage.model for stage in plan.stages)
-    wider = path.stem.startswith("gsplit")
-    assert grown.num_layers == base.num_layers * (1 if wider else 4)
-    assert grown.hidden_size == base.hidden_size * (2 if wider else 1)
     assert plan.stages[0].tokens_per_step == 2_097_152
+    begins_from_base = config.checkpoint.mode == "branch"
+    if total := re.search(r"up to (\d+)B tokens", text):
+        assert plan.tokens + begins_from_base * 10e9 == pytest.approx(float(total[1]) * 1e9, rel=0.01)
+    if plan.stages[-1].parameters.total == pytest.approx(1364e6, rel=0.001):
+        base = 2.5e19 if begins_from_base else 0.0  # of 6 layers, or of half the width
+        assert plan.flops_6nd + base == pytest.approx(8e20, rel=0.03)
+
+
+def test_every_run_of_the_papers_page_is_planned_and_begins_from_another_of_the_page():
+    configs = [load_config(ROOT / path, rest).config for path, *rest in map(shlex.split, COMMANDS)]
+    for config in configs:
+        plan_run(config)
+    steps = {config.run.directory: sum(stage.num_steps for stage in config.stages) for config in configs}
+    kept = {config.run.directory: config.checkpoint.keep_every_steps for config in configs}
+    for config in configs:
+        if config.checkpoint.mode == "branch":
+            base, _, step = config.checkpoint.resume.partition("@")
+            assert int(step) % (kept[base] or steps[base]) == 0, config.run.directory
+            assert int(step) <= steps[base], config.run.directory
+    assert {ROOT / shlex.split(command)[0] for command in COMMANDS} == set(PAPER)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=_name)

@@ -10,6 +10,7 @@ import pytest
 
 from growth_megatron.errors import DataError
 from growth_megatron.report.compare import compare, cost_of, read_run, render_comparison, speed_up
+from growth_megatron.report.plots import apart
 from tests.command_line import run_command
 
 
@@ -107,3 +108,8 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     outcome = run_command("compare", str(tmp_path / "nowhere"), "--baseline", str(tmp_path / "short"))
     assert outcome.code == 2
     assert "Traceback" not in outcome.printed
+
+
+def test_labels_of_ends_that_lie_together_are_written_one_above_the_other():
+    assert apart([1.0, 1.01, 1.02, 2.0], 0.5) == [1.0, 1.5, 2.0, 2.5]
+    assert apart([1.0, 2.0], 0.5) == [1.0, 2.0]

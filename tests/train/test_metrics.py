@@ -175,6 +175,18 @@ def test_lines_are_aligned_and_carry_units(capsys: pytest.CaptureFixture[str]) -
     assert first.index("memory") == second.index("memory")
 
 
+def test_a_run_that_branched_off_is_shown_by_its_own_stages_and_the_step_it_ends_at(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    position = Position(STAGES, None)
+    LineConsole(position).record({"kind": "train"} | train_fields(109) | {"stage": "base", "stage_step": 9})
+    assert capsys.readouterr().out.startswith("step 109/160  base   9/20  ")
+    position.move(110, "base")  # a step without a record
+    assert position.stage_step == 10
+    LineConsole(position).record({"kind": "train"} | train_fields(125) | {"stage": "grown", "stage_step": 5})
+    assert capsys.readouterr().out.startswith("step 125/160  grown   5/40  ")
+
+
 def test_events_are_lines_of_their_own() -> None:
     checkpoint = {
         "kind": "checkpoint", "step": 20, "path": "runs/a/checkpoints/step_00000020", "seconds": 2.0,
@@ -226,8 +238,7 @@ def test_remaining_time_of_a_growing_run_goes_by_flops(monkeypatch: pytest.Monke
     position = Position(STAGES, total_flops=20e9 + 40 * 4e9)  # a grown step costs four times as much
     for step in range(1, 11):
         now[0] = float(step)
-        position.move(step, "base")
-        position.measure({"step": step, "flops": step * 1e9})
+        position.measure({"step": step, "stage": "base", "stage_step": step, "flops": step * 1e9})
     record = {"flops": 10e9}
     assert position.stage_eta_s(record) == pytest.approx(10)
     assert position.run_eta_s(record) == pytest.approx(10 + 160)

@@ -237,6 +237,14 @@ def test_the_operator_of_a_growth_and_what_it_changes(write, valid, model, growt
     assert f"Grown by {words}." in " ".join(render_plan(plan).split())
 
 
+def test_of_a_growth_from_another_run_is_said_what_the_configuration_knows(write, valid):
+    stages = "stages:\n  - name: grown\n    from: runs/base@5\n    growth: {operator: learn, learn: {steps: 30}}\n"
+    text = f"{valid[: valid.index('stages:')]}{stages}    model: {{num_layers: 16}}\n    training: {{steps: 20}}\n"
+    (stage,) = plan_run(load_config(write(text)).config).stages
+    phase = "30 steps that learn its maps come first and are not counted here"
+    assert stage.grown_by == f"learn from runs/base@5: optimizer state reset, {phase}"
+
+
 def test_world_size_of_a_plan(write, valid):
     path = write(valid)
     pipeline = "stages.grown.parallel.pipeline_parallel_size=2"

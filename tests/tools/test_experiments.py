@@ -1,0 +1,117 @@
+"""The experiments spend what they say and can be started in their order; their figures follow from their runs."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from growth_megatron.data.prepare import prepare_data
+from growth_megatron.data.tokenizer import train_tokenizer
+from growth_megatron.growth.configuration import load_config
+from growth_megatron.model.cost import flops_per_token
+from growth_megatron.train.plan import total_flops
+from tests.pool import ROOT
+
+FOLDER = ROOT / "tools" / "experiments"
+RATES = {"scratch": 3e-3, "depth": 6e-3, "width": 1.2e-2}
+
+
+@pytest.fixture(scope="module")
+def tools() -> Any:
+    """The modules of tools/experiments, as their own scripts import them."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in ("experiments", "results", "run")}
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def listed(tools: Any) -> Any:
+    experiments = tools["experiments"]
+    return [*experiments.tuning(), *experiments.nine_way(RATES), *experiments.ablations(RATES)]
+
+
+def test_each_run_is_listed_after_those_it_begins_from_and_is_the_same_each_time(listed: Any) -> None:
+    known: dict[str, Any] = {}
+    for run in listed:
+        assert known.setdefault(run.name, run) == run
+        assert set(run.needs) <= known.keys(), run.name
+    assert len(known) > 70
+
+
+def test_every_column_spends_the_flops_of_scratch_its_base_and_learned_maps_counted(
+    tools: Any, listed: Any, tmp_path: Path
+) -> None:
+    whole = 1000 * 1024 * flops_per_token(tools["experiments"].model_of(tools["experiments"].TARGET))
+    (tmp_path / "configs").mkdir()
+    bases = {run.name: run for run in listed if run.is_base}
+    for run in listed:
+        config = load_config(tools["run"].write_config(run, tmp_path)).config
+        if not run.is_compared or run.column in ("scratch_0.6x", "scratch_1.5x"):
+            continue
+        spent = total_flops(config)
+        if config.checkpoint.mode == "branch":
+            name, _, step = Path(config.checkpoint.resume).name.partition("@")
+            base = load_config(tools["run"].write_config(bases[name], tmp_path)).config.stages[0]
+            spent += int(step) * base.tokens_per_step * flops_per_token(base.model)
+            learned = config.stages[0].growth
+            if learned is not None and learned.operator == "learn":
+                assert learned.learn is not None
+                spent += learned.learn.steps * base.tokens_per_step * flops_per_token(config.stages[0].model)
+        assert spent == pytest.approx(whole, rel=0.005), run.name  # the work on learned maps is 0.3 %
+
+
+def test_a_speed_up_is_read_off_the_annealed_ends_of_scratch_and_never_extrapolated(tools: Any) -> None:
+    scratch = [{"same_sources": loss, "flops": flops} for loss, flops in ((5.0, 60.0), (4.8, 100.0), (4.7, 150.0))]
+
+    def speed_up(loss: float) -> Any:
+        return tools["results"].annealed_speed_up({"same_sources": loss, "flops": 100.0}, scratch)
+
+    assert speed_up(4.8) == pytest.approx(0.0)
+    assert speed_up(4.75) == pytest.approx((100 * 150) ** 0.5 / 100 - 1)  # halfway in loss and in the cost's logarithm
+    assert speed_up(5.0) == pytest.approx(-0.4)
+    assert speed_up(5.1) == "< -40.0%"
+    assert speed_up(4.6) == "> +50.0%"
+
+
+def test_runs_are_trained_evaluated_and_recorded_once(tools: Any, tmp_path: Path) -> None:
+    _prepare(tools, tmp_path)
+    experiments, results = tools["experiments"], tools["results"]
+    base = experiments.base_run("depth", 1, 4)
+    base.content["schedule"] = {"warmup_steps": 0}
+    grown = experiments.grown_run("nine_way", "depth_direct", base, {"operator": "stack"}, {"warmup_steps": 0})
+    grown.content["stages"][0]["training"]["steps"] = 3
+    for run in (base, grown):
+        run.content["evaluation"] = {"interval_steps": 2, "samples": 8}
+    crew = tools["run"].Crew(tmp_path, 2)
+    assert crew.work([base, grown]), (tmp_path / "logs" / f"{grown.name}.log").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "finished").iterdir()}
+    assert {path.stem for path in before} == {base.name, grown.name}
+    found = json.loads((tmp_path / "results.json").read_text())["columns"]["nine_way/depth_direct"]
+    last = results.read_run(tmp_path / "runs" / grown.name).curves["validation"]
+    assert found["flops"] == {"1": last.costs["flops"][-1]}
+    assert 0 < abs(found["same_sources"]["1"] - last.losses[-1]) < 0.2  # on more samples than the run's own
+    assert found["same_sources"] != found["other_source"]
+    assert "nine_way/depth_direct | 1 |" in (tmp_path / "results.md").read_text()
+    assert crew.work([base, grown])
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def _prepare(tools: Any, output: Path) -> None:
+    """This checkout's pages as all of the sources."""
+    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", "docs/growth.md", "docs/paper.md")]
+    text = output / "text.txt"
+    text.write_text("\n".join(page.read_text() for page in pages))
+    tokenizer = train_tokenizer([text], output / "data" / "tokenizer.model", tools["run"].VOCABULARY)
+    names = tools["run"].TRAINED_ON
+    for number, name in enumerate([*names, *(f"{name}_validation" for name in names), "git_validation"]):
+        page, prefix = output / f"{number}.txt", output / "data" / name
+        page.write_text(pages[number % 4].read_text() + f"\n{number}")
+        prepare_data([page], tokenizer.path, prefix, workers=1, progress_stream=io.StringIO())

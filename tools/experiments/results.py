@@ -1,0 +1,211 @@
+"""What came of the experiments: a record of each finished run, and tables and a picture of all that there are.
+
+Owns: DIR/finished/NAME.json (one run), results.json, results.md, results.png. All is written beside, then renamed.
+Does not own: which runs there are (``experiments.py``), curves and speed-ups along them (``growth_megatron.report``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import KINDS, RATES, TARGET, Experiment, model_of, tuning  # type: ignore[import-not-found]
+
+from growth_megatron.errors import GrowthMegatronError
+from growth_megatron.model.cost import flops_per_token
+from growth_megatron.report.compare import Curve, Run, compare, cost_of, read_run
+from growth_megatron.report.plots import plot_comparison
+
+Record = dict[str, Any]
+SHORT, LONG = "scratch_0.6x", "scratch_1.5x"
+
+
+def steps_of(run: Experiment) -> float:
+    """Cost of a run in steps of the target."""
+    whole = flops_per_token(model_of(TARGET))
+    stages = run.content["stages"]
+    steps: float = sum(
+        stage["training"]["steps"] * flops_per_token(model_of(stage.get("model", TARGET))) / whole for stage in stages
+    )
+    return steps
+
+
+def is_finished(output: Path, run: Experiment) -> bool:
+    """Whether ``run`` has its record."""
+    return is_recorded(output, run.name)
+
+
+def is_recorded(output: Path, name: str) -> bool:
+    """Whether the run of that name has its record."""
+    return _record(output, name).is_file()
+
+
+def record(output: Path, run: Experiment) -> None:
+    """Write down the figures of a run that has just finished."""
+    validation = read_run(output / "runs" / run.name).curves["validation"]
+    lines = (output / "logs" / f"{run.name}.log").read_text(encoding="utf-8").splitlines()
+    held_out = json.loads(lines[-1]) if run.is_compared else {}
+    entry = {
+        "name": run.name,
+        "group": run.group,
+        "column": run.column,
+        "seed": run.seed,
+        "validation_loss": validation.losses[-1],
+        "flops": validation.costs["flops"][-1],
+        "tokens": validation.costs["consumed_tokens"][-1],
+        **held_out,
+    }
+    write_text(_record(output, run.name), json.dumps(entry, indent=1) + "\n")
+
+
+def best_rates(output: Path) -> dict[str, float]:
+    """The learning rate of each kind with the lowest validation loss of its tuning runs."""
+    losses = {run.column: _read(output, run.name)["validation_loss"] for run in tuning() if not run.is_base}
+    return {kind: min(RATES, key=lambda rate: losses[f"{kind}_{rate:g}"]) for kind in KINDS}
+
+
+def write(output: Path) -> None:
+    """results.json, results.md and results.png of all runs that are finished."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "finished").glob("*.json"))]
+    found = {"runs": records, "columns": columns_of(records), "along_the_curves": _along_the_curves(output, records)}
+    write_text(output / "results.json", json.dumps(found, indent=1) + "\n")
+    write_text(output / "results.md", markdown(found))
+    _plot(output, records)
+
+
+def columns_of(records: Sequence[Record]) -> dict[str, Record]:
+    """Of each column its losses by seed and its speed-ups at equal annealed loss, against scratch of the same seed."""
+    nine = {(r["column"], r["seed"]): r for r in records if r["group"] == "nine_way"}
+    columns: dict[str, Record] = {}
+    for entry in records:
+        if entry["group"] not in ("nine_way", "ablations"):
+            continue
+        column = columns.setdefault(f"{entry['group']}/{entry['column']}", defaultdict(dict))
+        seed = str(entry["seed"])
+        column["same_sources"][seed] = entry["same_sources"]
+        column["other_source"][seed] = entry["other_source"]
+        column["flops"][seed] = entry["flops"]
+        scratch = [nine[key] for name in (SHORT, "scratch", LONG) if (key := (name, entry["seed"])) in nine]
+        if len(scratch) == 3 and entry not in scratch:
+            column["speed_up"][seed] = annealed_speed_up(entry, scratch)
+            column["gain"][seed] = scratch[1]["same_sources"] - entry["same_sources"]
+    return {name: dict(column) for name, column in columns.items()}
+
+
+def annealed_speed_up(entry: Record, scratch: Sequence[Record]) -> float | str:
+    """F_scratch / F_run - 1 at the run's own final loss, on the line through scratch's annealed ends.
+
+    Where the loss is outside of them nothing is extrapolated: the text says on which side.
+    """
+    losses, costs = ([float(each[key]) for each in scratch] for key in ("same_sources", "flops"))
+    loss, cost = float(entry["same_sources"]), float(entry["flops"])
+    if loss > losses[0]:
+        return f"< {costs[0] / cost - 1:+.1%}"
+    if loss < min(losses):
+        return f"> {costs[-1] / cost - 1:+.1%}"
+    return cost_of(Curve(tuple(losses), {"flops": tuple(costs)}), "flops", loss) / cost - 1
+
+
+def _along_the_curves(output: Path, records: Sequence[Record]) -> Mapping[str, Any]:
+    """As the paper measures it: where the curves of training pass the same loss, none of them annealed there."""
+    runs = _nine_way_runs(output, records)
+    baseline = runs.pop("scratch", {})
+    groups, figures = {}, dict[str, Any]()
+    for column, by_seed in runs.items():
+        seeds = sorted(by_seed.keys() & baseline.keys())
+        if seeds:
+            groups = {column: [by_seed[seed] for seed in seeds]}
+            found = compare(groups, [baseline[seed] for seed in seeds])["groups"][column]
+            figures[column] = {"seeds": seeds, "speed_ups": found["speed_ups"]}
+    return figures
+
+
+def _nine_way_runs(output: Path, records: Sequence[Record]) -> dict[str, dict[int, Run]]:
+    runs: dict[str, dict[int, Run]] = {}
+    for entry in records:
+        if entry["group"] == "nine_way" and entry["column"] not in (SHORT, LONG):
+            runs.setdefault(entry["column"], {})[entry["seed"]] = read_run(output / "runs" / entry["name"])
+    return runs
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table of all columns."""
+    lines = [
+        "| column | seeds | held-out loss, same sources | gain over scratch | held-out loss, other source | "
+        "speed-up at equal annealed loss | along the curves |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, column in found["columns"].items():
+        curve = found["along_the_curves"].get(name.removeprefix("nine_way/"), {}) if "nine_way/" in name else {}
+        along = curve.get("speed_ups", {}).get("validation", {}).get("flops", {}).get("of", ())
+        cells = [
+            name,
+            str(len(column["same_sources"])),
+            spread(column["same_sources"].values()),
+            spread(column.get("gain", {}).values(), "+.4f"),
+            spread(column["other_source"].values()),
+            percents(column.get("speed_up", {}).values()),
+            percents(each["baseline_cost"] / each["run_cost"] - 1 for each in along),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Any, form: str = ".4f") -> str:
+    """Mean and standard deviation over seeds."""
+    found = list(values)
+    if not found:
+        return "-"
+    deviation = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):{form}}{deviation}"
+
+
+def percents(values: Any) -> str:
+    """The mean where all are known, and each."""
+    found = list(values)
+    each = [value if isinstance(value, str) else f"{value:+.1%}" for value in found]
+    known = [value for value in found if not isinstance(value, str)]
+    if not found:
+        return "-"
+    if len(found) == 1 or len(known) < len(found):
+        return ", ".join(each)
+    return f"{statistics.fmean(known):+.1%} ({', '.join(each)})"
+
+
+def _plot(output: Path, records: Sequence[Record]) -> None:
+    shown: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    for name, runs in _nine_way_runs(output, records).items():
+        curves = [run.curves["validation"] for run in runs.values()]
+        shown[name] = [{"losses": curve.losses, "flops": curve.costs["flops"]} for curve in curves]
+    partial = output / ".results.png"
+    if not shown:
+        return
+    try:
+        plot_comparison(shown, "held-out loss", partial)
+    except GrowthMegatronError as error:  # no matplotlib
+        print(f"no picture: {error}")
+        return
+    partial.rename(output / "results.png")
+
+
+def _record(output: Path, name: str) -> Path:
+    return output / "finished" / f"{name}.json"
+
+
+def _read(output: Path, name: str) -> Record:
+    found: Record = json.loads(_record(output, name).read_text(encoding="utf-8"))
+    assert math.isfinite(found["validation_loss"])
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
