@@ -19,6 +19,8 @@ MODELS = sorted(CONFIGS.glob("models/*.yaml"))
 RUNS = [CONFIGS / "quickstart.yaml", *PAPER]
 COMMANDS = re.findall(r"`(configs/paper/[^`]*)`", (ROOT / "docs" / "paper.md").read_text())
 
+LAYOUTS = re.findall(r"^\|[^|]*\| ([\d,]+) \| `([^`]*)` \| (.*) \|$", (ROOT / "docs" / "layouts.md").read_text(), re.M)
+
 
 def _name(path: Path) -> str:
     return path.stem
@@ -59,9 +61,23 @@ def test_every_run_of_the_papers_page_is_planned_and_begins_from_another_of_the_
     for config in configs:
         if config.checkpoint.mode == "branch":
             base, _, step = config.checkpoint.resume.partition("@")
-            assert int(step) % (kept[base] or steps[base]) == 0, config.run.directory
-            assert int(step) <= steps[base], config.run.directory
+            every = kept[base]
+            is_kept = every is not None and int(step) % every == 0 and int(step) < steps[base]
+            assert is_kept or int(step) == steps[base], config.run.directory
     assert {ROOT / shlex.split(command)[0] for command in COMMANDS} == set(PAPER)
+
+
+def test_every_layout_for_gpus_of_80_gb_fits_and_takes_the_memory_that_is_stated():
+    assert len(LAYOUTS) >= 42
+    for gpus, arguments, stated in LAYOUTS:
+        path, _, number, *rest = shlex.split(arguments)
+        assert int(number) == int(gpus.replace(",", ""))
+        planned = [
+            stage.worst.total_bytes / 2**30
+            for stage in plan_run(load_config(ROOT / path, rest).config, int(number)).stages
+        ]
+        assert planned == pytest.approx([float(part) for part in stated.split(" -> ")], abs=0.06), arguments
+        assert max(planned) < 60, arguments
 
 
 @pytest.mark.parametrize("path", MODELS, ids=_name)
