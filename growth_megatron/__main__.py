@@ -25,7 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # What megatron-core lacks on this machine is known and handled; it says so whenever it is imported.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    options = parser_for(arguments).parse_args(arguments)
+    parser = parser_for(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may stand behind an option, where argparse no longer looks for them.
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides += rest
     try:
         return int(_module(options.command).run(options))
     except GrowthMegatronError as error:

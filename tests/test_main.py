@@ -380,3 +380,13 @@ def test_as_a_process_a_command_that_loads_megatron_core_shows_none_of_its_warni
         [sys.executable, "-m", "growth_megatron", command, "--help"], capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
+
+
+def test_overrides_may_stand_behind_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+    assert main(["plan", config, "run.seed=1", "--gpus", "1", "--json", "stages.base.training.steps=7"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["stages"][0]["steps"] == 7
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", config, "--gpus", "1", "steps"])
+    assert ended.value.code == EXIT_USAGE
+    assert "unrecognized arguments: steps" in capsys.readouterr().err
