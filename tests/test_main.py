@@ -384,8 +384,8 @@ def test_as_a_process_a_command_that_loads_megatron_core_shows_none_of_its_warni
 
 def test_overrides_may_stand_behind_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
-    assert main(["plan", config, "run.seed=1", "--gpus", "1", "--json", "stages.base.training.steps=7"]) == EXIT_OK
-    assert json.loads(capsys.readouterr().out)["stages"][0]["steps"] == 7
+    assert main(["plan", config, "run.seed=1", "--gpus", "1", "--json", "stages.base.training.steps=77"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["stages"][0]["steps"] == 77
     with pytest.raises(SystemExit) as ended:
         main(["plan", config, "--gpus", "1", "steps"])
     assert ended.value.code == EXIT_USAGE
