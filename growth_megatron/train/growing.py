@@ -86,6 +86,8 @@ def _announce(
     learned: Learned | None,
 ) -> None:
     context.directory.point_latest(result.path)
+    if context.copies is not None:
+        context.copies.update()
     how = plan.operator + describe_options(plan.options, plan.seed)
     changes = ", ".join(geometry_changes(plan.source_geometry, plan.target_geometry)) or "the same geometry"
     layers, kept = plan.layers or (), ""

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from growth_megatron.checkpoint.folder.manifest import FileEntry, Manifest, library_version
 from growth_megatron.checkpoint.folder.run_directory import RunDirectory
+from growth_megatron.checkpoint.folder.store import StoreCopies
 from growth_megatron.checkpoint.torch_dist.saver import Save, start_save
 from growth_megatron.config.load import LoadedConfig
 from growth_megatron.config.schema import StageConfig
@@ -59,6 +60,8 @@ class RunContext:
     world_size: int
     evaluate_tasks: TaskEvaluation | None = None
     """What ``evaluation.tasks`` asks for."""
+    copies: StoreCopies | None = None
+    """On rank 0 what keeps ``checkpoint.store`` like the run directory."""
 
 
 @dataclasses.dataclass
@@ -350,6 +353,8 @@ class StageLoop:
             where = error.filename or pending.folder
             raise CheckpointError(f"cannot write {where}: {error.strerror}; mend that and {AGAIN}") from error
         directory.apply_retention(settings.keep_last, settings.keep_every_steps)
+        if self.context.copies is not None:
+            self.context.copies.update()
         return path, sum(file.stat().st_size for file in path.iterdir())
 
     def _manifest(self) -> Manifest:

@@ -13,6 +13,7 @@ from typing import Any
 
 from growth_megatron.checkpoint.folder.manifest import BranchRecord, Manifest, read_identified_manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.folder.store import Store, fetch_newer, fetch_origin, is_url
 from growth_megatron.checkpoint.folder.sums import summed_beside
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.load import LoadedConfig
@@ -52,7 +53,7 @@ def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
     """Rank 0: tidy up after a kill, choose what to resume from, check that it belongs to this configuration."""
     config = loaded.config
     _prepare(directory)
-    recovered = directory.recover()
+    recovered = [*directory.recover(), *_from_store(directory, config.checkpoint)]
     choice = choose_start(directory, config.checkpoint)
     for text in recovered:
         print(f"checkpoints: {text}", flush=True)
@@ -69,13 +70,32 @@ def open_run(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
     return choice
 
 
+def _from_store(directory: RunDirectory, settings: CheckpointConfig) -> list[str]:
+    """Fetch what ``checkpoint.store`` has newer than the run directory; what was done, in words."""
+    if settings.store is None:
+        return []
+    store = Store(settings.store)
+    if settings.resume != "never":
+        return [text for text in [fetch_newer(store, directory)] if text]
+    if names := store.names():
+        raise ConfigError(
+            f"checkpoint.resume is never, but checkpoint.store {store.url} holds a run already ({names[-1]}); set it "
+            "to auto to go on with that run, or name another store"
+        )
+    return []
+
+
 def choose_start(directory: RunDirectory, settings: CheckpointConfig, resume: str | None = None) -> ResumeChoice:
     """What to go on from; a checkpoint of another run as ``checkpoint.mode`` and ``checkpoint.data`` have it.
 
     Args: resume: instead of the setting.
     Raises: as ``RunDirectory.choose_resume``.
     """
-    choice = directory.choose_resume(resume or settings.resume)
+    resume = resume or settings.resume
+    if is_url(resume):
+        fetched = directory.path / "fetched"
+        resume = "auto" if directory.newest_valid()[0] is not None else str(fetch_origin(resume, fetched))
+    choice = directory.choose_resume(resume)
     is_own = choice.path is None or choice.path.resolve().parent == directory.checkpoints_path.resolve()
     if is_own or choice.path is None or (settings.mode, settings.data) == ("continue", "same"):
         return choice

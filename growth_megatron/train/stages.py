@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch
 
 from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.folder.run_directory import ResumeChoice, RunDirectory
+from growth_megatron.checkpoint.folder.store import Store, StoreCopies
 from growth_megatron.checkpoint.torch_dist.live_model import load_from_source, load_into_model
 from growth_megatron.checkpoint.torch_dist.optimizer_groups import describe_multipliers
 from growth_megatron.config.checks import check_world_size
@@ -88,6 +89,7 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
     directory = RunDirectory(config.run.directory)
     metrics: Metrics = NullMetrics()
     watchdog: Watchdog | None = None
+    copies: list[StoreCopies] = []  # on rank 0
     try:
         choice = find_start(directory, loaded)
         log = open_rank_log(directory.path, rank)
@@ -97,7 +99,9 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
         metrics = loggers[0] if loggers else metrics
         data = RunData(config, directory.path, choice.path)
         data.check(choice.manifest.stage if choice.manifest else 0)
-        context = RunContext(loaded, directory, metrics, stop, watchdog, data, world_size)
+        collectives.on_rank_zero(lambda: copies.extend(_copies(directory, config)))
+        copying = copies[0] if copies else None
+        context = RunContext(loaded, directory, metrics, stop, watchdog, data, world_size, copies=copying)
         if config.evaluation.tasks and prepare_tasks is not None:
             tokenizer = config.stages[0].data.tokenizer or choice.path
             tasks = prepare_tasks(config.evaluation, Path(tokenizer) if tokenizer else None)
@@ -105,6 +109,7 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
         _rewind(context, choice)
         collectives.on_rank_zero(partial(_say_start, context, choice))
         code = _walk(context, choice)
+        collectives.on_rank_zero(partial(_finish_copies, context))
         stop.finish()
         return code
     except RuntimeError:
@@ -115,6 +120,8 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
     finally:
         if watchdog is not None:
             watchdog.close()
+        for copying in copies:
+            copying.close()
         metrics.close()
         if started:
             process_groups.stop()
@@ -255,6 +262,23 @@ def _train_stage(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return finished
+
+
+def _copies(directory: RunDirectory, config: RunConfig) -> Iterator[StoreCopies]:
+    """To the store, where there is one; what an earlier process did not copy comes first."""
+    if config.checkpoint.store is not None:
+        copies = StoreCopies(Store(config.checkpoint.store), directory)
+        copies.update()
+        yield copies
+
+
+def _finish_copies(context: RunContext) -> None:
+    if context.copies is None:
+        return
+    context.copies.finish(partial(context.watchdog.alive, "copying to checkpoint.store"))
+    if context.copies.problem:
+        message = f"{context.copies.problem}; the run is whole on the disk: re-run the same command to copy the rest"
+        context.metrics.log("event", step=None, event="store_failed", message=message)
 
 
 def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogger:

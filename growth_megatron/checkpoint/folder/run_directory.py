@@ -84,8 +84,9 @@ def at_step(path: Path) -> Path:
     found = folder / f"step_{int(step):08d}"
     if not found.is_dir():
         names = sorted(filter(None, (CheckpointName.parse(entry.name) for entry in folder.iterdir())))
-        steps = ", ".join(dict.fromkeys(str(name.step) for name in names)) or "none"
-        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has those of steps {steps}")
+        grown = {name.step for name in names if name.grown} - {name.step for name in names if not name.grown}
+        steps = ", ".join(f"{step} (grown)" if step in grown else f"{step}" for step in sorted({n.step for n in names}))
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has those of steps {steps or 'none'}")
     return found
 
 
