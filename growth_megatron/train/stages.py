@@ -109,7 +109,7 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
         _rewind(context, choice)
         collectives.on_rank_zero(partial(_say_start, context, choice))
         code = _walk(context, choice)
-        collectives.on_rank_zero(partial(_finish_copies, context))
+        _finish_copies(context)  # no other rank waits for it
         stop.finish()
         return code
     except RuntimeError:
