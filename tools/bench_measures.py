@@ -43,12 +43,13 @@ from growth_megatron.growth.plan import plan_depth
 from growth_megatron.model.cost import flops_per_token, rank_memory
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
-from growth_megatron.train.console import Console, LiveConsole, Position, open_console
+from growth_megatron.train.console import LiveConsole
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Batch, Engine
 from growth_megatron.train.loop import RunContext, StageLoop
 from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
+from growth_megatron.train.position import Position
 from growth_megatron.train.resilience import StopRequest, open_rank_log
 from growth_megatron.train.watchdog import Watchdog
 
@@ -96,6 +97,9 @@ class StepClock:
     def progress(self, step: int, stage: str) -> None:
         self.inner.progress(step, stage)
         self.ends.append(now())
+
+    def phase(self, text: str) -> None:
+        self.inner.phase(text)
 
     def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         self.inner.rewind(step, before_growth=before_growth, learned=learned)
@@ -200,10 +204,10 @@ def open_metrics(bench: Bench, run_path: Path, stage: StageConfig) -> Metrics:
         return NullMetrics()
     run_path.mkdir(parents=True, exist_ok=True)
     lengths, total = {stage.name: stage.num_steps}, float(flops_per_token(stage.model)) * stage.tokens_per_step
-    console: Console = open_console(lengths, total)
-    if bench.live:  # standard output is a file by now
-        console = LiveConsole(RichConsole(force_terminal=True), Position(lengths, total))
-    return MetricsLogger(run_path, bench.config.logging, lengths, total_flops=total, console=console)
+    position = Position(lengths, total)
+    # Standard output is a file by now.
+    console = LiveConsole(RichConsole(force_terminal=True), position) if bench.live else None
+    return MetricsLogger(run_path, bench.config.logging, position, console=console)
 
 
 def train_against_bare(bench: Bench, engine: Engine) -> Figures:

@@ -10,6 +10,8 @@ COMMANDS = {
     "evaluate": "Run lm-eval's tasks on a checkpoint or a Hugging Face folder, at any parallel layout.",
     "sample": "Write text with a checkpoint or a Hugging Face folder, from prompts.",
     "report": "Final figures of a run, and its page with curves and history (RUN/report.html).",
+    "watch": "Show a run while it goes, or as it ended: the live view of train, from its metrics alone.",
+    "publish": "Show a run in wandb or TensorBoard, from its metrics, whatever it was trained with.",
     "probe": "Train several growths of a checkpoint for a while and say which is ahead.",
     "compare": "Say what growth saved: runs against a baseline at equal loss, over seeds, with a picture.",
     "advise": "Say from a run's own curve and published fits whether to grow it, when and by how much.",

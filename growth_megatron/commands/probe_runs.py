@@ -21,8 +21,8 @@ from growth_megatron.commands.probe_configs import ProbeConfig, probe_config, re
 from growth_megatron.config.units import duration
 from growth_megatron.errors import EXIT_OK, EXIT_STOPPED_EARLY, ConfigError, GrowthMegatronError
 from growth_megatron.report.probe import Candidate, candidate, ranked, render_ranking
-from growth_megatron.train.console import geometry
 from growth_megatron.train.metrics import FILE_NAME, read_metrics
+from growth_megatron.train.record_text import geometry
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

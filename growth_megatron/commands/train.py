@@ -6,6 +6,7 @@ import argparse
 
 from growth_megatron.commands.parsing import Subparsers, add_command, add_config, require_lm_eval
 from growth_megatron.growth.configuration import load_config
+from growth_megatron.train.console import say_phase
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -23,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     loaded = load_config(options.config, options.overrides)
     if loaded.config.evaluation.tasks:
         require_lm_eval("evaluation.tasks")
+    say_phase("importing torch and megatron-core")
     # seconds of imports, which a wrong configuration need not wait for
     from growth_megatron.evaluate.during_training import prepare_tasks
     from growth_megatron.train.stages import train

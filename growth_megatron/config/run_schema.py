@@ -71,7 +71,10 @@ class WandbConfig(Section):
     """Where wandb files the run."""
 
     project: str = "growth-megatron"
-    name: str | None = None
+    entity: str | None = Field(None, description="team or user; default: the account's")
+    name: str | None = Field(None, description="default: the run directory's")
+    group: str | None = None
+    tags: tuple[str, ...] = ()
 
 
 class LoggingConfig(Section):

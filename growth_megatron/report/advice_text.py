@@ -13,7 +13,7 @@ from growth_megatron.config.units import count
 from growth_megatron.report.advice import Advice
 from growth_megatron.report.curves import RunSummary
 from growth_megatron.report.power_law import Law, Part, fit_law, law_part
-from growth_megatron.train.console import geometry
+from growth_megatron.train.record_text import geometry
 
 _LATE_SHARE = 10  # one of so many validations of a grown stage is its end
 

@@ -20,7 +20,7 @@ from growth_megatron.model.cost import parameter_count
 from growth_megatron.report.joined import joined_records
 from growth_megatron.report.plots import plot_loss
 from growth_megatron.report.recovery import Recovery, recovered_training, recovered_validation
-from growth_megatron.train.console import geometry
+from growth_megatron.train.record_text import geometry
 
 __all__ = ["GrowthSummary", "RunSummary", "StageSummary", "plot_loss", "render_summary", "summarise"]
 

@@ -23,7 +23,7 @@ from growth_megatron.errors import ConfigError, GrowthMegatronError
 from growth_megatron.report.curves import GrowthSummary, RunSummary, StageSummary
 from growth_megatron.report.recovery import Recovery
 from growth_megatron.report.series import page_series
-from growth_megatron.train.console import geometry
+from growth_megatron.train.record_text import geometry
 
 PAGE_NAME = "report.html"
 _OURS = '<meta name="generator" content="growth-megatron report">'

@@ -14,7 +14,7 @@ from typing import Any
 
 from growth_megatron.errors import ConfigError, DataError
 from growth_megatron.report.joined import joined_records
-from growth_megatron.train.console import geometry
+from growth_megatron.train.record_text import geometry
 
 _TRAIN, _VALIDATION, _GROWTH = "#2b6cb0", "#c05621", "#4a5568"
 _GROUPS = ("#4a5568", "#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#0987a0", "#c53030", "#718096")

@@ -13,7 +13,7 @@ import logging as log
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -23,6 +23,7 @@ from typing_extensions import Self, override
 from growth_megatron.config.run_schema import LoggingConfig
 from growth_megatron.errors import DataError, GrowthMegatronError
 from growth_megatron.train.console import Console, open_console
+from growth_megatron.train.position import Position
 from growth_megatron.train.trackers import Tracker, open_trackers
 
 _LOG = log.getLogger(__name__)
@@ -62,6 +63,10 @@ class Metrics(Protocol):
         """A step is done that has no record."""
         ...
 
+    def phase(self, text: str) -> None:
+        """Say what is begun and may take a while; it goes on no record."""
+        ...
+
     def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         """Forget what a resumed run is going to do again."""
         ...
@@ -83,6 +88,10 @@ class NullMetrics(Metrics):
         pass
 
     @override
+    def phase(self, text: str) -> None:
+        pass
+
+    @override
     def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         pass
 
@@ -97,8 +106,7 @@ class MetricsLogger:
     Args:
         run_directory: exists already.
         logging: which outputs.
-        stage_steps: steps of each stage by name, in order.
-        total_flops: of the whole run, for the time it still needs; without it only the stage's is shown.
+        position: the run's start, which the console follows.
         config: effective configuration, for wandb.
         console: default: live view on a terminal, lines elsewhere.
 
@@ -110,15 +118,14 @@ class MetricsLogger:
         self,
         run_directory: Path,
         logging: LoggingConfig,
-        stage_steps: Mapping[str, int],
+        position: Position,
         *,
-        total_flops: float | None = None,
         config: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ) -> None:
         self.path = Path(run_directory) / FILE_NAME
         self._trackers: list[Tracker] = open_trackers(Path(run_directory), logging, config or {})
-        self._console = console or open_console(stage_steps, total_flops)
+        self._console = console or open_console(position)
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -144,6 +151,10 @@ class MetricsLogger:
         """Move the live view between two records; free on a console without one."""
         self._console.progress(step, stage)
 
+    def phase(self, text: str) -> None:
+        """Say what is begun and may take a while; it goes on no record."""
+        self._console.phase(text)
+
     def rewind(self, step: int, *, before_growth: bool = False, learned: int | None = None) -> None:
         """Forget what a resumed run is going to do again; call before the first ``log`` of a resumed run.
 
@@ -161,8 +172,9 @@ class MetricsLogger:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
-        for tracker in self._trackers:
-            tracker.rewind(step)
+        records = read_metrics(self.path.parent) if self.path.exists() else []
+        self._console.rewind(records)
+        self._each(lambda tracker: tracker.rewind(records))
 
     def close(self) -> None:
         """End file, console and trackers."""
@@ -184,9 +196,12 @@ class MetricsLogger:
                 "goes on from the last checkpoint"
             ) from error
         self._console.record(record)
+        self._each(lambda tracker: tracker.record(record))
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.record(record)
+                action(tracker)
             except Exception as error:  # a tracker's service being down is no reason to end a run
                 _LOG.warning("%s failed and is left out from now on: %s", type(tracker).__name__, error)
                 self._trackers.remove(tracker)
@@ -222,9 +237,36 @@ def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
     return list(_records(path))
 
 
+class MetricsTail:
+    """What another process writes to the metrics of a run, as it comes; whoever only looks passes over damage."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._path = Path(run_directory) / FILE_NAME
+        self._file, self._read_bytes = 0, 0
+
+    def read(self) -> tuple[bool, list[dict[str, Any]]]:
+        """New records; True with all of them if the run was taken back, which makes another file."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                anew = status.st_ino != self._file or status.st_size < self._read_bytes
+                known, self._file = self._file != 0, status.st_ino
+                self._read_bytes = 0 if anew else self._read_bytes
+                file.seek(self._read_bytes)
+                content = file.read()
+        except FileNotFoundError:
+            return False, []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        return anew and known, list(_parsed(whole.split(b"\n"), self._path, []))
+
+
 def _records(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """The records; the numbers of lines that hold none go onto ``damaged``, without it they are an error."""
-    lines = path.read_bytes().split(b"\n")
+    return _parsed(path.read_bytes().split(b"\n"), path, damaged)
+
+
+def _parsed(lines: list[bytes], path: Path, damaged: list[int] | None) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line:
             continue

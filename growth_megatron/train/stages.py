@@ -50,6 +50,7 @@ from growth_megatron.growth.operators import choose
 from growth_megatron.growth.plan import stage_growth
 from growth_megatron.model.init import InitSource
 from growth_megatron.parallel import collectives, process_groups
+from growth_megatron.train.console import say_phase
 from growth_megatron.train.counters import Counters
 from growth_megatron.train.data import RunData
 from growth_megatron.train.engine import Engine
@@ -59,7 +60,8 @@ from growth_megatron.train.learning import forget_phase
 from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
 from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
 from growth_megatron.train.parameter_groups import ParameterGroups
-from growth_megatron.train.plan import tokens_of_stages, total_flops
+from growth_megatron.train.plan import tokens_of_stages
+from growth_megatron.train.position import position_of
 from growth_megatron.train.resilience import LAUNCHER_NOTICES_S, StopRequest, open_rank_log
 from growth_megatron.train.resume import NEXT_LAYOUT_NAME, choose_start, find_start, grows_at_start
 from growth_megatron.train.watchdog import Watchdog
@@ -91,12 +93,14 @@ def train(loaded: LoadedConfig, prepare_tasks: PrepareTasks | None = None) -> in
     watchdog: Watchdog | None = None
     copies: list[StoreCopies] = []  # on rank 0
     try:
+        say_phase(f"looking for a checkpoint in {directory.path}")
         choice = find_start(directory, loaded)
         log = open_rank_log(directory.path, rank)
         watchdog = Watchdog(log, config.run.timeout_s)
         loggers: list[Metrics] = []
         collectives.on_rank_zero(lambda: loggers.append(_open_metrics(directory, loaded)))
         metrics = loggers[0] if loggers else metrics
+        metrics.phase("reading data")
         data = RunData(config, directory.path, choice.path)
         data.check(choice.manifest.stage if choice.manifest else 0)
         collectives.on_rank_zero(lambda: copies.extend(_copies(directory, config)))
@@ -228,12 +232,14 @@ def _train_stage(
     """Build the stage at its layout, load it and train it. False if stopped early."""
     config, stage = context.loaded.config, context.loaded.config.stages[counters.stage]
     process_groups.set_layout(stage.parallel, config.run.seed)
+    context.metrics.phase(f"building the model of stage {stage.name}")
     engine = Engine(stage, choice.manifest.multipliers if choice.manifest else {})
     if choice.path is None:
         load_from_source(InitSource(stage.model, config.run.seed), engine.models)
         engine.finish()
     else:
         engine.finish()
+        context.metrics.phase(f"loading {choice.path}")
         try:
             load_into_model(choice.path, engine.models, engine.optimizer)
         except DamagedError:
@@ -246,7 +252,8 @@ def _train_stage(
         engine.groups = ParameterGroups(
             stage.optimizer, growth_of_stage, stage.model, engine.models, engine.own_optimizers()
         )
-    context.metrics.log("event", step=counters.step, event="stage", message=_stage_message(context, counters, choice))
+    message = _stage_message(context, counters, choice)
+    context.metrics.log("event", step=counters.step, event="stage", message=message, stage=stage.name)
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)
         context.metrics.log("event", step=counters.step, event="multipliers", message=message)
@@ -285,8 +292,7 @@ def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogge
     return MetricsLogger(
         directory.path,
         loaded.config.logging,
-        {stage.name: stage.num_steps for stage in loaded.config.stages},
-        total_flops=float(total_flops(loaded.config)),
+        position_of(loaded.config),
         config=loaded.config.model_dump(mode="json"),
     )
 

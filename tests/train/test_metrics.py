@@ -2,21 +2,19 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
 
-from growth_megatron.config.run_schema import LoggingConfig, WandbConfig
+from growth_megatron.config.run_schema import LoggingConfig
 from growth_megatron.config.units import count, duration
-from growth_megatron.errors import ConfigError, DataError, GrowthMegatronError
-from growth_megatron.train import trackers
-from growth_megatron.train.console import LineConsole, LiveConsole, Position, event_line
+from growth_megatron.errors import DataError, GrowthMegatronError
+from growth_megatron.train.console import LineConsole, LiveConsole
 from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
-from tests.pool import TIMEOUT_S
+from growth_megatron.train.position import Position
+from growth_megatron.train.record_text import event_line
 
 STAGES = {"base": 20, "grown": 40}
 
@@ -33,7 +31,7 @@ def train_fields(step: int, stage: str = "base", **changes: Any) -> dict[str, An
 
 @pytest.fixture
 def logger(tmp_path: Path):
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as opened:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as opened:
         yield opened
 
 
@@ -81,14 +79,14 @@ def test_an_unknown_kind_is_refused(logger: MetricsLogger) -> None:
 
 
 def test_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as first:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as first:
         first.log("event", message="started")
         for step in range(1, 8):
             first.log("train", **train_fields(step))
             if step == 5:
                 first.log("checkpoint", step=5, path="checkpoints/step_00000005", seconds=1.0, bytes=10)
         first.log("event", message="about to die")
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as second:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as second:
         second.rewind(5)
         for step in range(6, 9):
             second.log("train", **train_fields(step))
@@ -99,7 +97,7 @@ def test_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
 
 
 def test_rewind_to_a_stages_end_forgets_the_growth_only_if_it_is_to_come(tmp_path: Path) -> None:
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as logger:
         logger.log("train", **train_fields(20))
         logger.log("validation", step=20, validation_loss=4.0)
         logger.log("event", step=20, event="grow", message="grew")
@@ -118,12 +116,12 @@ def test_rewind_of_a_new_run_does_nothing(logger: MetricsLogger, tmp_path: Path)
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped_and_later_lines_are_whole(tmp_path: Path) -> None:
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as logger:
         logger.log("train", **train_fields(1))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "train", "st')
     assert steps(tmp_path) == [("train", 1)]
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as logger:
         logger.log("train", **train_fields(2))
     assert steps(tmp_path) == [("train", 1), ("train", 2)]
 
@@ -134,11 +132,11 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_later_lines_are_whole(tmp_pa
 def test_a_damaged_line_is_named_and_a_resumed_run_goes_on_without_it(
     tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as logger:
         logger.log("train", **train_fields(1))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(line + b"\n")
-    with MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger:
+    with MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as logger:
         logger.log("train", **train_fields(2))
         with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record of metrics"):
             read_metrics(tmp_path)
@@ -162,7 +160,7 @@ def test_null_metrics_takes_the_same_calls() -> None:
 
 
 def test_lines_are_aligned_and_carry_units(capsys: pytest.CaptureFixture[str]) -> None:
-    console = LineConsole(Position(STAGES, None))
+    console = LineConsole(Position(STAGES))
     console.record({"kind": "train"} | train_fields(9, loss=10.5, tokens_per_s=999.0, mfu=None))
     console.record({"kind": "train"} | train_fields(20, loss=3.25, tokens_per_s=123_456.0, mfu=0.4123))
     first, second = capsys.readouterr().out.splitlines()
@@ -209,13 +207,10 @@ def test_events_are_lines_of_their_own() -> None:
     )
 
 
-def test_figures_of_tasks_are_a_line_and_a_tag_each() -> None:
+def test_figures_of_tasks_are_a_line() -> None:
     figures = {"arc_easy": {"acc": 0.25, "acc_norm": 0.5}, "pages": {"word_perplexity": 31.5}}
     record = {"kind": "evaluation", "step": 200, "results": figures, "seconds": 12.0}
     assert event_line(record) == "evaluation  step 200  arc_easy acc 0.2500, pages word_perplexity 31.5000  in 12s"
-    tags = trackers._scalars(record)
-    assert tags["evaluation/results/arc_easy/acc_norm"] == 0.5
-    assert tags["evaluation/results/pages/word_perplexity"] == 31.5
 
 
 def test_the_live_view_shows_both_bars_and_survives_markup_in_events() -> None:
@@ -234,11 +229,11 @@ def test_the_live_view_shows_both_bars_and_survives_markup_in_events() -> None:
 
 def test_remaining_time_of_a_growing_run_goes_by_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("growth_megatron.train.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("growth_megatron.train.position.time.monotonic", lambda: now[0])
     position = Position(STAGES, total_flops=20e9 + 40 * 4e9)  # a grown step costs four times as much
     for step in range(1, 11):
         now[0] = float(step)
-        position.measure({"step": step, "stage": "base", "stage_step": step, "flops": step * 1e9})
+        position.take({"kind": "train", "step": step, "stage": "base", "flops": step * 1e9})
     record = {"flops": 10e9}
     assert position.stage_eta_s(record) == pytest.approx(10)
     assert position.run_eta_s(record) == pytest.approx(10 + 160)
@@ -258,85 +253,10 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("logging", "package"),
-    [(LoggingConfig(tensorboard=True), "tensorboard"), (LoggingConfig(wandb=WandbConfig()), "wandb")],
-)
-def test_an_output_whose_package_is_missing_is_refused_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging: LoggingConfig, package: str
-) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install {package}"):
-        MetricsLogger(tmp_path, logging, STAGES)
-
-
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsLogger(tmp_path, LoggingConfig(tensorboard=True), STAGES) as logger:
-        for step in range(1, 6):
-            logger.log("train", **train_fields(step, loss=1.0))
-    with MetricsLogger(tmp_path, LoggingConfig(tensorboard=True), STAGES) as logger:
-        logger.rewind(3)
-        for step in range(4, 7):
-            logger.log("train", **train_fields(step, loss=2.0))
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
-
-
-WANDB_RUN = """
-import sys
-from pathlib import Path
-from growth_megatron.config.run_schema import LoggingConfig, WandbConfig
-from growth_megatron.train.metrics import MetricsLogger
-with MetricsLogger(Path(sys.argv[1]), LoggingConfig(wandb=WandbConfig()), {"base": 5}, config={"a": 1}) as logger:
-    logger.log("validation", step=1, validation_loss=4.0)
-"""
-
-
-def test_wandb_is_offline_without_a_key_and_goes_on_with_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
-    ids = []
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path)], check=True, timeout=TIMEOUT_S)
-        ids.append((tmp_path / "wandb_run_id").read_text())
-    assert ids[0] == ids[1]
-    runs = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
-    assert runs
-    assert all(name.endswith(ids[0].strip()) for name in runs)
-
-
-@pytest.mark.parametrize(
-    ("variables", "netrc", "mode"),
-    [
-        ({}, "", "offline"),
-        ({"WANDB_API_KEY": "k"}, "", "online"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "", "disabled"),
-        ({}, "machine api.wandb.ai login user password k\n", "online"),
-        ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password k\n", "offline"),
-    ],
-)
-def test_wandb_is_online_where_a_key_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], netrc: str, mode: str
-) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".netrc").write_text(netrc)
-    (tmp_path / ".netrc").chmod(0o600)
-    assert trackers._wandb_mode() == mode
-
-
 def test_metrics_without_room_end_the_run_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with (
-        MetricsLogger(tmp_path, LoggingConfig(), STAGES) as logger,
+        MetricsLogger(tmp_path, LoggingConfig(), Position(STAGES)) as logger,
         pytest.raises(
             GrowthMegatronError, match=r"metrics\.jsonl cannot be written \(No space left on device\); make room"
         ),
