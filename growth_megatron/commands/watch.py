@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console as RichConsole
@@ -56,15 +57,18 @@ def _follow(tail: MetricsTail, records: Sequence[Record], position: Position) ->
     else:
         for record in records:
             console.record(record)
+    shown = list(records)
     try:
         while not position.finished:
             time.sleep(_PAUSE_S)
             anew, records = tail.read()
-            if anew:
-                console.rewind(records)
-                continue
+            if anew:  # a resumed run: what it has of what was shown stays
+                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, records, strict=False)))
+                shown, records = records[:kept], records[kept:]
+                console.rewind(shown)
             for record in records:
                 console.record(record)
+            shown += records
     finally:
         console.close()
 

@@ -86,6 +86,16 @@ class LoggingConfig(Section):
     peak_tflops_per_s: PositiveFloat | None = Field(
         None, description="dense peak of one device, for MFU; default: by name"
     )
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="first and last step of the run that torch.profiler records, on every rank, to RUN/profiles"
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError(f"{list(value)} must rise; write the first step, then the last")
+        return value
 
 
 class RunSection(Section):

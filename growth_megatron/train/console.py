@@ -66,7 +66,7 @@ def say_phase(text: str) -> None:
 
 
 def _phase_line(text: str) -> str:
-    return f"{'start':<10}  {text} ..."
+    return f"{'now':<10}  {text} ..."
 
 
 def _line(record: Record, position: Position) -> str:
@@ -133,7 +133,7 @@ class LiveConsole(Console):
     @override
     def record(self, record: Record) -> None:
         self.take(record)
-        if record["kind"] == "train":
+        if record["kind"] == "train" or record.get("event") == "stage":
             self.show()
 
     @override
@@ -147,11 +147,16 @@ class LiveConsole(Console):
 
     @override
     def phase(self, text: str) -> None:
+        self._stop(leaves_view=False)  # what is begun may show a bar of its own
         self._print(_phase_line(text))
 
     @override
     def close(self) -> None:
+        self._stop(leaves_view=True)
+
+    def _stop(self, leaves_view: bool) -> None:
         if self._live is not None:
+            self._live.transient = not leaves_view
             self._live.stop()
             self._live = None
 
@@ -213,7 +218,7 @@ def _outlook(position: Position) -> str:
     """How long it still takes, what grows then, and whether nothing is heard of the run."""
     if position.finished:
         return "run complete"
-    parts = [_remaining(position, position.last), position.next_growth()]
+    parts = [_remaining(position, position.last) if position.last else "", position.next_growth()]
     silent_s = 0.0 if position.last_time is None else time.time() - position.last_time
     if silent_s > max(60.0, 3 * position.interval_steps * (position.last.get("step_time_s") or 0.0)):
         parts.append(f"last record {duration(silent_s)} ago")

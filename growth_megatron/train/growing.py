@@ -52,6 +52,7 @@ def grow_stage(
             return None
         plan, counters = learned.plan, learned.counters
     collectives.on_rank_zero(lambda: context.directory.make_way(manifest.step, grown=True))  # a damaged one
+    context.metrics.phase(f"growing {path}")
     with bytes_progress("growing") as progress:
 
         def report(done: int, total: int) -> None:

@@ -35,6 +35,7 @@ from growth_megatron.train.engine import Engine, StepResult
 from growth_megatron.train.hardware import mfu, peak_flops_per_s
 from growth_megatron.train.health import RollBack, fault, highest_loss, stopping
 from growth_megatron.train.metrics import Metrics
+from growth_megatron.train.profiling import FOLDER, StepProfiler
 from growth_megatron.train.resilience import StopRequest
 from growth_megatron.train.schedule import learning_rate, schedule_position
 from growth_megatron.train.watchdog import Watchdog
@@ -94,6 +95,9 @@ class StageLoop:
         self._rollback: RollBack | None = None
         self._skipped_in_a_row = 0
         self._leaving = False
+        steps = self.config.logging.profile_steps
+        folder = context.directory.path / FOLDER
+        self._profiler = None if steps is None else StepProfiler(folder, *steps, collectives.rank())
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
     def note_loss_after_growth(self, loss: float | None) -> None:
@@ -107,7 +111,7 @@ class StageLoop:
             stopped = collectives.any_rank(self.context.stop.requested)
             self._restart_window()
             while not (stopped or self._rollback or self.counters.ends_stage(self.config)):
-                stopped = self._step(loader)
+                stopped = self._step(loader) if self._profiler is None else self._profiled_step(loader)
         ended = self.counters.ends_stage(self.config)
         if self._rollback:
             pass
@@ -209,6 +213,19 @@ class StageLoop:
         if self._due(self.config.checkpoint.interval_steps) and not last:
             self._save(self.config.checkpoint.async_save)
         return result.stop_requested
+
+    def _profiled_step(self, loader: BatchLoader) -> bool:
+        assert self._profiler is not None
+        self._profiler.begin_step(self.counters.step + 1)
+        stopped = self._step(loader)
+        self.context.watchdog.alive("writing a profile", self.counters.step)
+        message = self._profiler.end_step(self.counters.step)
+        if self.counters.ends_stage(self.config) or stopped or self._rollback:
+            message = message or self._profiler.finish(self.counters.step)
+        if message is not None:
+            self.context.metrics.log("event", step=self.counters.step, event="profile", message=message)
+            self._restart_window()
+        return stopped
 
     def _not_taken(self, result: StepResult, bound: float) -> None:
         """Do as ``training.on_non_finite`` says; the counters are those after the step."""

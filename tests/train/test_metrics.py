@@ -1,20 +1,15 @@
-"""metrics.jsonl through crashes and resumes, and what the other outputs make of the same records."""
+"""metrics.jsonl through crashes and resumes."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console as RichConsole
 
 from growth_megatron.config.run_schema import LoggingConfig
-from growth_megatron.config.units import count, duration
 from growth_megatron.errors import DataError, GrowthMegatronError
-from growth_megatron.train.console import LineConsole, LiveConsole
 from growth_megatron.train.metrics import FIELDS, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.position import Position
-from growth_megatron.train.record_text import event_line
 
 STAGES = {"base": 20, "grown": 40}
 
@@ -157,100 +152,6 @@ def test_null_metrics_takes_the_same_calls() -> None:
     null.progress(1, "base")
     null.rewind(1)
     null.close()
-
-
-def test_lines_are_aligned_and_carry_units(capsys: pytest.CaptureFixture[str]) -> None:
-    console = LineConsole(Position(STAGES))
-    console.record({"kind": "train"} | train_fields(9, loss=10.5, tokens_per_s=999.0, mfu=None))
-    console.record({"kind": "train"} | train_fields(20, loss=3.25, tokens_per_s=123_456.0, mfu=0.4123))
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.split("  ETA")[0] == (
-        "step  9/60  base  9/20  loss 10.5000  lr 3.00e-04  grad norm   1.250  tokens/s   999  "
-        "TFLOP/s per device 0.0213  MFU    n/a  memory    1.50 GiB"
-    )
-    assert "tokens/s  123k" in second
-    assert "MFU 41.2 %" in second
-    assert first.index("memory") == second.index("memory")
-
-
-def test_a_run_that_branched_off_is_shown_by_its_own_stages_and_the_step_it_ends_at(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    position = Position(STAGES, None)
-    LineConsole(position).record({"kind": "train"} | train_fields(109) | {"stage": "base", "stage_step": 9})
-    assert capsys.readouterr().out.startswith("step 109/160  base   9/20  ")
-    position.move(110, "base")  # a step without a record
-    assert position.stage_step == 10
-    LineConsole(position).record({"kind": "train"} | train_fields(125) | {"stage": "grown", "stage_step": 5})
-    assert capsys.readouterr().out.startswith("step 125/160  grown   5/40  ")
-
-
-def test_events_are_lines_of_their_own() -> None:
-    checkpoint = {
-        "kind": "checkpoint", "step": 20, "path": "runs/a/checkpoints/step_00000020", "seconds": 2.0,
-        "blocking_seconds": 0.5, "bytes": 3_000_000_000,
-    }  # fmt: skip
-    assert event_line(checkpoint) == (
-        "checkpoint  step 20  saved runs/a/checkpoints/step_00000020  2.79 GiB in 2.0s (1.40 GiB/s), training waited 0.5s"  # noqa: E501
-    )
-    growth = {
-        "kind": "growth", "step": 20, "operator": "stack", "source_geometry": {"num_layers": 6, "hidden_size": 64},
-        "target_geometry": {"num_layers": 24, "hidden_size": 64}, "validation_loss_before": 4.0,
-        "validation_loss_after": 4.5, "optimizer_state": "reset", "seconds": 0.02, "bytes_written": 15_600,
-    }  # fmt: skip
-    assert event_line(growth) == (
-        "growth      step 20  stack: 6 layers x 64 -> 24 layers x 64, validation loss 4.0000 -> 4.5000, "
-        "optimizer state reset, 0.0s, 15.23 KiB written"
-    )
-    assert event_line({"kind": "validation", "step": 20, "validation_loss": None}) == (
-        "validation  step 20  validation loss n/a"
-    )
-
-
-def test_figures_of_tasks_are_a_line() -> None:
-    figures = {"arc_easy": {"acc": 0.25, "acc_norm": 0.5}, "pages": {"word_perplexity": 31.5}}
-    record = {"kind": "evaluation", "step": 200, "results": figures, "seconds": 12.0}
-    assert event_line(record) == "evaluation  step 200  arc_easy acc 0.2500, pages word_perplexity 31.5000  in 12s"
-
-
-def test_the_live_view_shows_both_bars_and_survives_markup_in_events() -> None:
-    screen = io.StringIO()
-    output = RichConsole(file=screen, force_terminal=True, width=120, color_system=None)
-    console = LiveConsole(output, Position(STAGES, 60e9))
-    console.record({"kind": "train"} | train_fields(10))
-    console.record({"kind": "event", "message": "[/bold] not markup"})
-    console.progress(11, "base")
-    console.close()
-    text = screen.getvalue()
-    assert "[/bold] not markup" in text
-    for part in ("stage base", "11/20 steps", "11/60 steps", "4.9000", "12.3k"):
-        assert part in text
-
-
-def test_remaining_time_of_a_growing_run_goes_by_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("growth_megatron.train.position.time.monotonic", lambda: now[0])
-    position = Position(STAGES, total_flops=20e9 + 40 * 4e9)  # a grown step costs four times as much
-    for step in range(1, 11):
-        now[0] = float(step)
-        position.take({"kind": "train", "step": step, "stage": "base", "flops": step * 1e9})
-    record = {"flops": 10e9}
-    assert position.stage_eta_s(record) == pytest.approx(10)
-    assert position.run_eta_s(record) == pytest.approx(10 + 160)
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (7, "7"), (999.4, "999"), (1500, "1.50k"), (12345, "12.3k"), (6.74e9, "6.74B")]
-)
-def test_counts_have_three_digits(number: float, text: str) -> None:
-    assert count(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0s"), (12.2, "12s"), (245, "4m 05s"), (12000, "3h 20m"), (100_000, "1d 03h")]
-)
-def test_durations_have_two_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_metrics_without_room_end_the_run_with_what_to_do(tmp_path: Path) -> None:
