@@ -57,14 +57,14 @@ def _follow(tail: MetricsTail, records: Sequence[Record], position: Position) ->
     else:
         for record in records:
             console.record(record)
-    shown = list(records)
+    shown: list[Record] = list(records)
     try:
         while not position.finished:
             time.sleep(_PAUSE_S)
             anew, records = tail.read()
             if anew:  # a resumed run: what it has of what was shown stays
                 kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, records, strict=False)))
-                shown, records = records[:kept], records[kept:]
+                shown, records = list(records[:kept]), records[kept:]
                 console.rewind(shown)
             for record in records:
                 console.record(record)
