@@ -246,11 +246,12 @@ def test_plan_and_help_need_no_torch(growing_config: Path) -> None:
     assert _run_without_torch("--version") == f"growth-megatron {__version__}\n"
 
 
-def test_report_needs_no_torch(tmp_path: Path) -> None:
+def test_report_and_watch_need_no_torch(tmp_path: Path) -> None:
     numbers = {"step": 1, "stage_step": 1, "consumed_tokens": 8, "consumed_samples": 1, "flops": 1e6, "loss": 2.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "stage": "base", **numbers}) + "\n")
     assert "2.500" in _run_without_torch("report", str(tmp_path))
     assert "base" in (tmp_path / "report.html").read_text()
+    assert "2.5000" in _run_without_torch("watch", str(tmp_path), "--once")
 
 
 def test_plan_grow_says_where_it_went(run: Run) -> None:

@@ -51,10 +51,10 @@ def bytes_progress(
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(binary_units=True))
     more = (TextColumn("{task.fields[figures]}"), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, *more, console=console) as bar:
-        task = bar.add_task(label, total=None, figures="")
+        task = bar.add_task(label, total=None, figures="", visible=False)  # work may have nothing to report
 
         def report(done: int, total: int, figures: str = "") -> None:
-            bar.update(task, completed=done, total=total, figures=figures)
+            bar.update(task, completed=done, total=total, figures=figures, visible=True)
 
         yield report
 

@@ -173,10 +173,11 @@ class LiveConsole(Console):
             self._live.start()
 
     def _print(self, line: str) -> None:
-        # At words, and what goes on is under the text: terminals cut anywhere.
-        indent = " " * 12
-        for part in textwrap.wrap(line, self._output.width, subsequent_indent=indent, break_on_hyphens=False):
-            self._output.print(part, highlight=False, soft_wrap=True, markup=False)
+        # At words, and what goes on is under the text: terminals cut anywhere. A longer path stays whole, to be copied.
+        wrapped = textwrap.fill(
+            line, self._output.width, subsequent_indent=" " * 12, break_on_hyphens=False, break_long_words=False
+        )
+        self._output.print(wrapped, highlight=False, soft_wrap=True, markup=False)
 
     def view(self) -> Group:
         """What the position says, in the width of the terminal."""

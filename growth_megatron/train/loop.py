@@ -97,7 +97,9 @@ class StageLoop:
         self._leaving = False
         steps = self.config.logging.profile_steps
         folder = context.directory.path / FOLDER
-        self._profiler = None if steps is None else StepProfiler(folder, *steps, collectives.rank())
+        self._profiler = (
+            None if steps is None else StepProfiler(folder, *steps, collectives.rank(), context.metrics.phase)
+        )
         self._window_start, self._window_steps, self._window_data_s = time.perf_counter(), 0, 0.0
 
     def note_loss_after_growth(self, loss: float | None) -> None:

@@ -25,10 +25,11 @@ class StepProfiler:
     Args:
         folder: of the files, made when there are some; a stage that ends within the range ends its files.
         rank: whose files these are.
+        say: told before torch's profiler begins and ends, which takes a while and has lines of its own.
     """
 
-    def __init__(self, folder: Path, first: int, last: int, rank: int) -> None:
-        self._folder, self._rank, self._range = folder, rank, range(first, last + 1)
+    def __init__(self, folder: Path, first: int, last: int, rank: int, say: Callable[[str], None]) -> None:
+        self._folder, self._rank, self._range, self._say = folder, rank, range(first, last + 1), say
         self._profile: Any = None
         self._mark: Any = None
         self._began = 0
@@ -56,6 +57,7 @@ class StepProfiler:
         profile, self._profile = self._profile, None
         steps = f"steps_{self._began:08d}_to_{step:08d}"
         trace, memory = (self._folder / f"{steps}_rank_{self._rank}.{end}" for end in ("trace.json", "memory.pickle"))
+        self._say(f"writing the profile of steps {self._began} to {step}")
         profile.stop()
         written = [_written(trace, profile.export_chrome_trace)]
         if torch.cuda.is_available():
@@ -63,14 +65,17 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         if not all(written):
             return None
-        text = f"profiled steps {self._began} to {step}, one file a rank: {trace} (chrome://tracing, ui.perfetto.dev)"
-        return text + (f", {memory} (pytorch.org/memory_viz)" if torch.cuda.is_available() else "")
+        viewers = "chrome://tracing or ui.perfetto.dev"
+        if torch.cuda.is_available():
+            viewers += ", memory in pytorch.org/memory_viz"
+        return f"steps {self._began} to {step} profiled, a file of each rank in {self._folder}: {viewers}"
 
     def _start(self, step: int) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_ENTRIES)
+        self._say(f"profiling steps {step} to {self._range[-1]}")
         self._began = step
         self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
         self._profile.start()

@@ -79,6 +79,16 @@ class StopRequest:
             os.write(2, text.encode())
 
 
+class _PresentStderr:
+    """What standard error is at the time: a live view puts lines above itself."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def open_rank_log(run_directory: Path, rank: int) -> IO[str]:
     """RUN/logs/rank_N.log, which takes this rank's warnings and, on a hang or crash, its stacks."""
     folder = run_directory / "logs"
@@ -92,7 +102,7 @@ def open_rank_log(run_directory: Path, rank: int) -> IO[str]:
     root.handlers = [handler]
     if rank == 0:
         # People see our own warnings; those of libraries go to the file alone.
-        console = logging.StreamHandler(sys.stderr)
+        console = logging.StreamHandler(_PresentStderr())
         console.setLevel(logging.WARNING)
         console.addFilter(logging.Filter("growth_megatron"))
         root.addHandler(console)
