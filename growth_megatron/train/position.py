@@ -57,13 +57,13 @@ class Position:
         growths: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.stage_steps = dict(stage_steps)
-        self.total_steps = sum(self.stage_steps.values())
         self.total_flops = total_flops
         self.interval_steps = interval_steps
         self.growths = growths
         self._reset()
 
     def _reset(self) -> None:
+        self._steps_before = 0  # of the run that this one branched off, as soon as a record tells
         self.step = 0
         self.stage = next(iter(self.stage_steps))
         self.finished = False
@@ -87,12 +87,17 @@ class Position:
         self.step, self.stage = step, stage
         self.stage_steps.setdefault(stage, 0)
 
+    def _move_to(self, record: Record) -> None:
+        self.move(record["step"], record.get("stage", self.stage))
+        if record.get("stage_step") is not None:
+            self._steps_before = record["step"] - record["stage_step"] - self._steps_of_earlier_stages
+
     def take(self, record: Record) -> None:
         """Take what a record of any kind says."""
         self.last_time = record.get("time")
         self.finished = record.get("event") == "done"
         if record["kind"] == "train":
-            self.move(record["step"], record["stage"])
+            self._move_to(record)
             self._measure(record)
             self.last = record
             if record.get("loss") is not None:
@@ -100,7 +105,7 @@ class Position:
         elif record["kind"] == "growth":
             self._growth = record
         elif record.get("event") == "stage":
-            self.move(record["step"], record.get("stage", self.stage))
+            self._move_to(record)
             self._measure_anew()  # a process that resumes within the stage keeps its losses
 
     def rewind(self, records: Sequence[Record]) -> None:
@@ -143,10 +148,19 @@ class Position:
             self._flops_pace.add(now, record["flops"])
 
     @property
+    def total_steps(self) -> int:
+        """The step at which the run ends."""
+        return self._steps_before + sum(self.stage_steps.values())
+
+    @property
     def stage_step(self) -> int:
         """Steps done of the present stage."""
+        return self.step - self._steps_before - self._steps_of_earlier_stages
+
+    @property
+    def _steps_of_earlier_stages(self) -> int:
         names = list(self.stage_steps)
-        return self.step - sum(self.stage_steps[name] for name in names[: names.index(self.stage)])
+        return sum(self.stage_steps[name] for name in names[: names.index(self.stage)])
 
     @property
     def stage_length(self) -> int:

@@ -253,7 +253,8 @@ def _train_stage(
             stage.optimizer, growth_of_stage, stage.model, engine.models, engine.own_optimizers()
         )
     message = _stage_message(context, counters, choice)
-    context.metrics.log("event", step=counters.step, event="stage", message=message, stage=stage.name)
+    here = {"step": counters.step, "stage": stage.name, "stage_step": counters.stage_step}
+    context.metrics.log("event", event="stage", message=message, **here)
     if engine.multipliers:
         message = describe_multipliers(engine.multipliers)
         context.metrics.log("event", step=counters.step, event="multipliers", message=message)

@@ -39,6 +39,18 @@ def test_lines_are_aligned_and_carry_units(capsys: pytest.CaptureFixture[str]) -
     assert first.index("memory") == second.index("memory")
 
 
+def test_a_run_that_branched_off_is_shown_by_its_own_stages_and_the_step_it_ends_at(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    position = Position(STAGES)
+    LineConsole(position).record({"kind": "train"} | train_fields(109) | {"stage": "base", "stage_step": 9})
+    assert capsys.readouterr().out.startswith("step 109/160  base   9/20  ")
+    position.move(110, "base")  # a step without a record
+    assert position.stage_step == 10
+    LineConsole(position).record({"kind": "train"} | train_fields(125) | {"stage": "grown", "stage_step": 5})
+    assert capsys.readouterr().out.startswith("step 125/160  grown   5/40  ")
+
+
 def test_events_are_lines_of_their_own() -> None:
     checkpoint = {
         "kind": "checkpoint", "step": 20, "path": "runs/a/checkpoints/step_00000020", "seconds": 2.0,
