@@ -237,7 +237,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     width = min(width, len(values))
     edges = [len(values) * column // width for column in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), sorted(means)[int(0.9 * (len(means) - 1))]
+    low, high = min(means), sorted(means)[-1 - len(means) // 10]
     scale = (high - low) or 1.0
     return "".join(_BARS[min(int((mean - low) / scale * (len(_BARS) - 1) + 0.5), len(_BARS) - 1)] for mean in means)
 

@@ -148,6 +148,7 @@ def test_a_sparkline_falls_as_the_loss_does() -> None:
     assert len(heights) == 50
     assert heights == sorted(heights, reverse=True)
     assert sparkline([2.0, 2.0], 9) == "▁▁"
+    assert sparkline([2.0, 1.0], 9) == "█▁"
 
 
 def test_watch_shows_a_run_that_is_done_and_follows_one_that_goes_on_through_a_resume(tmp_path: Path) -> None:
