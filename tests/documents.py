@@ -6,17 +6,23 @@ commands are not run, and why (``tests.test_documents``).
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import runpy
+import select
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from tests.pool import ROOT, TIMEOUT_S
+from tests.pool import ROOT, TIMEOUT_S, environment, pool
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -29,7 +35,7 @@ SMALL = {
         "vocab_size": 300,
         "sequence_length": 32,
     },
-    "training": {"global_batch_size": 4, "micro_batch_size": 4, "precision": "fp32"},
+    "training": {"global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
     "evaluation": {"interval_steps": 30, "samples": 8},
 }
 """What is other than in configs/quickstart.yaml; its stages and their steps stay, since pages name them."""
@@ -85,25 +91,75 @@ def prepare_run(folder: Path) -> None:
 
 
 def _make_environment(where: Path) -> None:
+    """Commands of a virtual environment: those of one process are forked (``run_shell``), the others started."""
     where.mkdir(parents=True)
     (where / "activate").write_text(f"export PATH={where}:$PATH\n")
-    starts = {"python": "", "growth-megatron": "-m growth_megatron", "torchrun": "-m torch.distributed.run"}
-    for name, arguments in starts.items():
-        script = where / name
-        script.write_text(
-            f'#!/bin/sh\nexport PYTHONPATH={ROOT} OMP_NUM_THREADS=1\nexec {sys.executable} {arguments} "$@"\n'
-        )
-        script.chmod(0o755)
+    (where / "client.py").write_text(CLIENT)
+    ask = f"exec {sys.executable} -S -E {where / 'client.py'}"
+    start = f"export PYTHONPATH={ROOT} OMP_NUM_THREADS=1\nexec {sys.executable}"
+    scripts = {
+        "growth-megatron": f'{ask} growth_megatron "$@"',
+        "python": f'case "$1" in docs/examples/*) {ask} "$@" ;; esac\n{start} "$@"',
+        "torchrun": f'{start} -m torch.distributed.run "$@"',
+    }
+    for name, script in scripts.items():
+        (where / name).write_text(f"#!/bin/sh\n{script}\n")
+        (where / name).chmod(0o755)
+
+
+CLIENT = """\
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.connect(os.environ["COMMANDS"])
+socket.send_fds(server, [json.dumps([os.getcwd(), *sys.argv[1:]]).encode()], [1, 2])
+sys.exit(int(server.recv(16)))
+"""
+"""Asks whoever listens at $COMMANDS to run a module or a file here, with this process's output."""
 
 
 def run_shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """``script`` in a new shell with nothing of this process's environment but a PATH of the system's own."""
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    """``script`` in a new shell with nothing of this process's environment but a PATH of the system's own.
+
+    What it asks for at ``COMMANDS`` is forked from ``tests.pool``, since most of a small command's time is its imports.
+    """
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        address = f"{short}/commands"  # the path of a socket may have some hundred letters, that of a test more
+        listener.bind(address)
+        listener.listen()
+        variables = {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(folder),
+            "LANG": "C.UTF-8",
+            "COMMANDS": address,
+        }
+        with tempfile.TemporaryFile("w+") as out:
+            command = ["bash", "-euo", "pipefail", "-c", script]
+            shell = subprocess.Popen(command, cwd=folder, env=variables, stdout=out, stderr=subprocess.STDOUT)
+            while shell.poll() is None:
+                if select.select([listener], [], [], 0.1)[0]:
+                    _answer(listener)
+            out.seek(0)
+            return subprocess.CompletedProcess(command, shell.returncode, out.read())
+
+
+def _answer(listener: socket.socket) -> None:
+    client, _ = listener.accept()
+    with client:
+        request, files, *_ = socket.recv_fds(client, 2**16, 2)
+        with open(files[0], "w") as out, open(files[1], "w") as err:
+            process = pool.start("tests.documents", json.loads(request), environment(), out, err)
+            pool.wait([process], TIMEOUT_S)
+        client.send(str(process.code).encode())
+
+
+def _run_there(folder: str, what: str, *arguments: str) -> None:
+    os.chdir(folder)
+    sys.argv = [what, *arguments]
+    if what.endswith(".py"):
+        runpy.run_path(what, run_name="__main__")
+    else:
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _run_there(*sys.argv[1:])

@@ -36,10 +36,8 @@ NOT_RUN = {
 }
 """Part of a command that is not run, and why."""
 
-COMMANDS = [
-    (page, command) for page in PAGES for block in blocks(page) if block.language == SHELL for command in block.commands
-]
-RUN = sorted({page for page, _ in COMMANDS})
+SHELL_BLOCKS = [block for page in PAGES for block in blocks(page) if block.language == SHELL]
+COMMANDS = [command for block in SHELL_BLOCKS for command in block.commands]
 
 
 def _not_run(command: str) -> list[str]:
