@@ -19,7 +19,7 @@ format: ## let ruff put it right
 torture: ## tries to break runs and files for five minutes (ARGS="--kills 20 --seed 7")
 	python tools/torture.py $(or $(ARGS),--seconds 300)
 
-bench: ## the benchmarks (and tools/bench_data.py); read README before quoting their figures
+bench: ## the benchmarks (and tools/bench_data.py); read docs/benchmarks.md before quoting their figures
 	python tools/bench_train.py $(ARGS)
 	python tools/bench_growth.py $(ARGS)
 
