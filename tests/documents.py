@@ -68,7 +68,7 @@ def blocks(page: Path) -> Iterator[Block]:
 def prepare_checkout(folder: Path, prepared_corpus: Path) -> None:
     """What a reader has after the quickstart, in small: an environment, data, a corpus of his own, a run, a model."""
     _make_environment(folder / ".venv" / "bin")
-    for name in ("launch", "tools"):
+    for name in ("launch", "tools", "docs"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
     config = folder / "configs" / "quickstart.yaml"
