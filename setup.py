@@ -15,6 +15,7 @@ EXTRAS = {
     "advise": ["scipy"],
     "hf": ["transformers>=4.45", "tokenizers"],
     "eval": ["lm-eval>=0.4.13", "tqdm"],
+    "docs": ["mkdocs-material"],
     "dev": [
         "pytest",
         "pytest-timeout",
@@ -35,6 +36,9 @@ EXTRAS = {
         "moto[s3]",  # a server that speaks S3, for tests
         "flask",
         "flask-cors",
+        "jsonschema",
+        "types-jsonschema",
+        "build",
     ],
 }
 

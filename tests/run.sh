@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 cd "$repository"
 
-environment_install dev,wandb,tensorboard,plot,eval
+environment_install dev,docs,wandb,tensorboard,plot,eval
 export OMP_NUM_THREADS=1  # the multi-rank tests already fill the cores
 export PATH=$venv/bin:$PATH
 

@@ -56,14 +56,17 @@ class GrowthConfig(Section):
     operator: str = Field("direct", min_length=1, description="what is done, or DEPTH+WIDTH as in identity+split")
     layers: str | tuple[NonNegativeInt, ...] | None = Field(
         None,
-        description="explicit source layer of each target layer, as a list or in the paper's notation (1-234*7-56)",
+        description="source layer of each target layer: from 0, as 0,1,0,1 or 0-23,6-29 or 0-3 x6; or the paper's "
+        "1-234*7-56; default: the operator's",
     )
     optimizer_state: Literal["reset", "carry", "asymmetric"] | None = Field(
         None,
         description="moments zero, carried by the exact rule, or carried for old coordinates only; default: the "
         "operator's, most often reset",
     )
-    schedule: Literal["restart", "continue"] = "restart"
+    schedule: Literal["restart", "continue"] = Field(
+        "restart", description="warm up again from the stage's first step, or one schedule over both stages"
+    )
     order: Literal["interleaved", "tiled"] | None = Field(
         None, description="of copies along a width axis; default: the operator's, most often interleaved"
     )

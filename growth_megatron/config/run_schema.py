@@ -104,7 +104,9 @@ class RunSection(Section):
     directory: str = Field(min_length=1)
     seed: NonNegativeInt = Field(1234, lt=2**63)
     timeout_s: PositiveFloat | None = Field(
-        None, description="seconds without any progress after which the run ends itself; default: by its own steps"
+        None,
+        description="seconds without any progress after which the run ends itself; default: 20 of its longest steps, "
+        "at least 300; 1800 where it saves, grows or begins",
     )
 
 

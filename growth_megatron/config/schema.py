@@ -208,7 +208,7 @@ class OptimizerConfig(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     epsilon: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled; none on gains of norms")
     clip_grad: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
     new_parameters: NewParametersConfig = NewParametersConfig()
     train_only: Literal["all", "new"] = Field("all", description="new: only what the stage's growth has added")

@@ -5,7 +5,7 @@ Does not own: which geometries an operator can lead to (``growth.conditions``), 
 (``growth.plan``). No torch.
 
 To add an operator, add a module with ``OPERATOR`` in it, and tests of its list or maps: the names, messages, help,
-README's table and the plan follow.
+the table and drawings of docs/operators.md and the plan follow.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def names_by_side() -> dict[str, list[str]]:
 
 
 def markdown_table() -> str:
-    """All operators as README shows them."""
+    """All operators as docs/operators.md shows them."""
     rows = ["| operator | depth: the new layers | width: the new coordinates | the function |", "|---|---|---|---|"]
     for name, operator in registry().items():
         parts = []
