@@ -24,6 +24,7 @@ NOT_RUN = {
     "bash launch/quickstart.sh": "downloads and minutes; the folder of these tests has what it leaves, in small",
     "bash tests/run.sh": "is what runs these tests",
     "run.directory=runs/two": "a whole run of two ranks, and my.yaml is one; tests/launch runs the script",
+    "--wandb PROJECT": "an account of wandb",
     "NNODES=2": "two nodes; tests/launch runs the script",
     "slurm.sbatch": "Slurm; tests/launch has a stand-in for it",
     "docker ": "Docker",
