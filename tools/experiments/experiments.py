@@ -209,15 +209,22 @@ def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
     for seed in SEEDS:
         yield grown_run("ablations", "depth_random_unmasked", depth[seed], {"operator": "random"}, plans["depth"])
         yield grown_run("ablations", "width_random_unmasked", width[seed], {"operator": "random"}, plans["width"])
-    for rate in (
-        rates["scratch"],
-        RATES[-1],
-    ):  # added when seed 1 had been seen: is it scratch's short warm-up that loses?
-        yield scratch_run("ablations", f"scratch_{rate:g}_warmup", 1, schedule(rate, warmup_steps=BASE_STEPS))
+    yield from _of_warm_up(depth[1], width[1], rates)
     yield from _of_timing(depth[1], plans)
     yield from _of_factor_and_layers(depth[1], plans["depth"])
     yield from _of_optimizer(depth[1], width[1], plans)
     yield from _of_late_growth(rates)
+
+
+def _of_warm_up(depth: Experiment, width: Experiment, rates: Mapping[str, float]) -> Iterator[Experiment]:
+    """Controls, added when results had been seen: a warm-up as long as a base's training, for scratch and for grown."""
+    for rate in (rates["scratch"], RATES[-1]):
+        yield scratch_run("ablations", f"scratch_{rate:g}_warmup", 1, schedule(rate, warmup_steps=BASE_STEPS))
+    plans = {kind: schedule(rate, warmup_steps=BASE_STEPS) for kind, rate in rates.items()}
+    for kind, operator, base in (("width", "zero", width), ("depth", "direct", depth), ("width", "direct", width)):
+        yield grown_run("ablations", f"{kind}_{operator}_warmup", base, OPERATORS[kind][operator], plans[kind])
+    for seed in SEEDS[1:]:
+        yield scratch_run("ablations", f"scratch_{rates['scratch']:g}_warmup", seed, plans["scratch"])
 
 
 def _of_timing(base: Experiment, plans: Mapping[str, Content]) -> Iterator[Experiment]:

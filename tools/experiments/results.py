@@ -71,7 +71,8 @@ def best_rates(output: Path) -> dict[str, float]:
 
 def write(output: Path) -> None:
     """results.json, results.md and results.png of all runs that are finished."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "finished").glob("*.json"))]
+    paths = sorted((output / "finished").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     found = {"runs": records, "columns": columns_of(records), "along_the_curves": _along_the_curves(output, records)}
     write_text(output / "results.json", json.dumps(found, indent=1) + "\n")
     write_text(output / "results.md", markdown(found))
