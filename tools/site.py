@@ -11,9 +11,11 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {"README.md": "index.md"}
+PAGES |= {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "tools/experiments/README.md")}
 OTHERS = ("launch/quickstart_loss.png", "CITATION.cff")
 
 
@@ -26,11 +28,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links of a page in docs/ to a file of the root."""
-    return re.sub(r"\]\(\.\./", "](", markdown)
+    return markdown if "/" in page.file.src_uri else re.sub(r"\]\(\.\./", "](", markdown)
 
 
 def _from_docs(markdown: str) -> str:
     """Links of a file of the root to a page in docs/."""
-    return re.sub(r"\]\(docs/", "](", markdown)
+    return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
