@@ -21,6 +21,7 @@ from tools.write_reference import reference
 
 SHELL = "bash"
 NOT_RUN = {
+    "tools/experiments/run.py all": "it trains for two hours; tests/tools/test_experiments.py runs its driver",
     "bash launch/quickstart.sh": "downloads and minutes; the folder of these tests has what it leaves, in small",
     "bash tests/run.sh": "is what runs these tests",
     "run.directory=runs/two": "a whole run of two ranks, and my.yaml is one; tests/launch runs the script",
