@@ -21,6 +21,7 @@ from tools.write_reference import reference
 
 SHELL = "bash"
 NOT_RUN = {
+    "tools/experiments/run.py all": "it trains for two hours; tests/tools/test_experiments.py runs its driver",
     "bash launch/quickstart.sh": "downloads and minutes; the folder of these tests has what it leaves, in small",
     "bash tests/run.sh": "is what runs these tests",
     "run.directory=runs/two": "a whole run of two ranks, and my.yaml is one; tests/launch runs the script",
@@ -28,7 +29,6 @@ NOT_RUN = {
     "NNODES=2": "two nodes; tests/launch runs the script",
     "slurm.sbatch": "Slurm; tests/launch has one",
     "docker ": "Docker",
-    "tools/experiments/run.py all": "hours; tests/tools runs the driver in small",
     "slimpajama/": "900 GB",
     "iter_0010000": "a checkpoint of Megatron-LM; tests/checkpoint/test_import_megatron.py has some",
     "arc_easy,sciq": "the hub",

@@ -214,6 +214,15 @@ def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
     yield from _of_factor_and_layers(depth[1], plans["depth"])
     yield from _of_optimizer(depth[1], width[1], plans)
     yield from _of_late_growth(rates)
+    yield from _of_less_growth(plans["depth"])
+
+
+def _of_less_growth(plan: Content) -> Iterator[Experiment]:
+    """Added when seed 1 of it had been seen, the best of all in depth: g = 2 with the other seeds."""
+    for seed in SEEDS[1:]:
+        half = base_run("depth_g2", seed)
+        yield half
+        yield grown_run("ablations", "g_2", half, {"operator": "stack"}, plan)
 
 
 def _of_warm_up(depth: Experiment, width: Experiment, rates: Mapping[str, float]) -> Iterator[Experiment]:
