@@ -10,4 +10,4 @@ export PATH=$venv/bin:$PATH
 
 echo "ruff" && ruff check . && ruff format --check --quiet .
 echo "mypy" && mypy
-echo "pytest" && python -m pytest -q -rs -n 2 --dist loadfile --durations=25 "$@"
+echo "pytest" && python -m pytest -q -rfEs -n 2 --dist loadfile --durations=25 "$@"
