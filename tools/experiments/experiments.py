@@ -211,10 +211,10 @@ def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
         yield grown_run("ablations", "width_random_unmasked", width[seed], {"operator": "random"}, plans["width"])
     yield from _of_warm_up(depth[1], width[1], rates)
     yield from _of_timing(depth[1], plans)
+    yield from _of_less_growth(plans["depth"])
     yield from _of_factor_and_layers(depth[1], plans["depth"])
     yield from _of_optimizer(depth[1], width[1], plans)
     yield from _of_late_growth(rates)
-    yield from _of_less_growth(plans["depth"])
 
 
 def _of_less_growth(plan: Content) -> Iterator[Experiment]:
