@@ -14,6 +14,7 @@ import pytest
 
 from tests.pool import TIMEOUT_S
 
+STARTS_WITHIN_S = 120.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun")
 CONFIG = """
 ClusterName=test
@@ -64,14 +65,15 @@ def _program(name: str) -> str | None:
 
 
 class Slurm:
-    """Up while the context lasts."""
+    """Up from ``start`` to ``close``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._daemons = folder, list[subprocess.Popen[bytes]]()
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
 
-    def __enter__(self) -> Slurm:
+    def start(self) -> None:
+        """Raises: AssertionError, with what the daemons say, where they do not come up."""
         (self.folder / "state").mkdir()
         names = ("controller", "first", "second")
         ports = dict(zip(names, _free_ports(3), strict=True))
@@ -82,14 +84,18 @@ class Slurm:
         key.chmod(0o600)
         own = [f"--{name}={self.folder / f'munge.{name}'}" for name in ("socket", "seed-file", "pid-file", "log-file")]
         self._start("munged", "--foreground", "--force", f"--key-file={key}", own[0], *own[1:])
-        self.until(lambda: (self.folder / "munge.socket").exists(), "munged")
+        self.until(lambda: (self.folder / "munge.socket").exists(), "munged", STARTS_WITHIN_S)
         self._start("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._start("slurmd", "-D", "-N", node)
-        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() == "2", "two nodes")
-        return self
+        self.until(
+            lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() == "2",
+            "two nodes",
+            STARTS_WITHIN_S,
+        )
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End all daemons."""
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
@@ -126,9 +132,9 @@ class Slurm:
         files = [*self.folder.glob("*.log"), *self.folder.glob("slurm-*.out")]
         return "\n".join(f"{file.name}: {file.read_text()[-3000:]}" for file in files)
 
-    def until(self, holds: Callable[[], bool], what: str) -> None:
+    def until(self, holds: Callable[[], bool], what: str, within_s: float = TIMEOUT_S) -> None:
         """Wait for it."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + within_s
         while not holds():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
                 raise AssertionError(f"{what} did not come: {self.said()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -24,7 +25,13 @@ GROWN_STEPS = 4
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     install()
-    with Slurm(tmp_path_factory.mktemp("slurm")) as running:
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+    except AssertionError as error:
+        cluster.close()
+        pytest.skip(f"Slurm is installed and does not start here: {error}")
+    with contextlib.closing(cluster) as running:
         running.environment |= {
             "NPROC": "1", "OMP_NUM_THREADS": "1", "GROWTH_MEGATRON_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY),
         }  # fmt: skip
