@@ -118,6 +118,9 @@ def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
     rank, first = min(faults.items(), key=lambda item: (item[1].timestamp + (item[1].exitcode > 0), item[0]))
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
+        if name in ("SIGUSR1", "SIGUSR2"):  # only ever a request to stop, which a rank that still starts does not know
+            say(f"rank {rank} was stopped by {name} before training began; what was saved before is untouched")
+            return EXIT_STOPPED_EARLY
         cause = " (often: the host ran out of memory)" if name == "SIGKILL" else ""
         say(f"rank {rank} was killed by {name}{cause}")
         return EXIT_FAULT

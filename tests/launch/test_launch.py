@@ -203,6 +203,12 @@ def test_a_signal_reaches_the_workers_once_and_they_take_their_time(trainer: Pat
     assert (returned, err) == (75, "")
 
 
+def test_a_request_to_stop_that_comes_before_training_is_no_fault(trainer: Path) -> None:
+    returned, _, err = single(trainer, "os.kill(os.getpid(), signal.SIGUSR1)")
+    assert returned == 75
+    assert "rank 0 was stopped by SIGUSR1 before training began; what was saved before is untouched" in err
+
+
 def test_a_bad_configuration_shows_once_before_any_worker_starts(trainer: Path) -> None:
     returned, out, err = finish(start("torchrun.sh", trainer, "", "-n", "2", override="typo=1"))
     assert (returned, out) == (2, "")
