@@ -19,7 +19,6 @@ from growth_megatron.train.plan import total_flops
 from tests.pool import ROOT
 
 FOLDER = ROOT / "tools" / "experiments"
-RATES = {"scratch": 3e-3, "depth": 6e-3, "width": 1.2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,9 @@ def tools() -> Any:
 @pytest.fixture(scope="module")
 def listed(tools: Any) -> Any:
     experiments = tools["experiments"]
-    return [*experiments.tuning(), *experiments.nine_way(RATES), *experiments.ablations(RATES)]
+    plans = {kind: experiments.Plan(rate, 0.1) for kind, rate in zip(experiments.KINDS, experiments.RATES, strict=True)}
+    tuned = experiments.Tuned({"depth": 8e-3, "width": 4e-3}, plans)
+    return [*tools["run"].all_tuning(tuned), *experiments.nine_way(tuned), *experiments.ablations(tuned)]
 
 
 def test_each_run_is_listed_after_those_it_begins_from_and_is_the_same_each_time(listed: Any) -> None:
@@ -43,21 +44,23 @@ def test_each_run_is_listed_after_those_it_begins_from_and_is_the_same_each_time
     for run in listed:
         assert known.setdefault(run.name, run) == run
         assert set(run.needs) <= known.keys(), run.name
-    assert len(known) > 70
+    assert len(known) > 120
 
 
 def test_every_column_spends_the_flops_of_scratch_its_base_and_learned_maps_counted(
     tools: Any, listed: Any, tmp_path: Path
 ) -> None:
-    whole = 1000 * 1024 * flops_per_token(tools["experiments"].model_of(tools["experiments"].TARGET))
+    whole = 1400 * 512 * flops_per_token(tools["experiments"].model_of(tools["experiments"].TARGET))
     (tmp_path / "configs").mkdir()
     bases = {run.name: run for run in listed if run.is_base}
     for run in listed:
         config = load_config(tools["run"].write_config(run, tmp_path)).config
-        if not run.is_compared or run.column in ("scratch_0.6x", "scratch_1.5x"):
+        if not run.is_compared or run.column in ("scratch_0.6x", "scratch_1.4x"):
             continue
         spent = total_flops(config)
-        if config.checkpoint.mode == "branch":
+        if run.before:
+            spent += run.unseen_flops
+        elif config.checkpoint.mode == "branch":
             name, _, step = Path(config.checkpoint.resume).name.partition("@")
             base = load_config(tools["run"].write_config(bases[name], tmp_path)).config.stages[0]
             spent += int(step) * base.tokens_per_step * flops_per_token(base.model)
@@ -65,7 +68,7 @@ def test_every_column_spends_the_flops_of_scratch_its_base_and_learned_maps_coun
             if learned is not None and learned.operator == "learn":
                 assert learned.learn is not None
                 spent += learned.learn.steps * base.tokens_per_step * flops_per_token(config.stages[0].model)
-        assert spent == pytest.approx(whole, rel=0.005), run.name  # the work on learned maps is 0.3 %
+        assert spent == pytest.approx(whole, rel=0.01), run.name  # the work on learned maps is 0.6 %
 
 
 def test_a_speed_up_is_read_off_the_annealed_ends_of_scratch_and_never_extrapolated(tools: Any) -> None:
@@ -84,9 +87,10 @@ def test_a_speed_up_is_read_off_the_annealed_ends_of_scratch_and_never_extrapola
 def test_runs_are_trained_evaluated_and_recorded_once(tools: Any, tmp_path: Path) -> None:
     _prepare(tools, tmp_path)
     experiments, results = tools["experiments"], tools["results"]
-    base = experiments.base_run("depth", 1, 4)
+    base = experiments.base_run("depth", 1, 8e-3, 4)
     base.content["schedule"] = {"warmup_steps": 0}
-    grown = experiments.grown_run("nine_way", "depth_direct", base, {"operator": "stack"}, {"warmup_steps": 0})
+    plan = experiments.Plan(8e-3, 0.0)
+    grown = experiments.grown_run("nine_way", "depth_direct", base, {"operator": "stack"}, plan, at=4)
     grown.content["stages"][0]["training"]["steps"] = 3
     for run in (base, grown):
         run.content["evaluation"] = {"interval_steps": 2, "samples": 8}

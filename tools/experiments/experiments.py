@@ -10,7 +10,7 @@ of them, its grown stage has less.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,30 @@ COMMON = Path(__file__).resolve().with_name("common.yaml")
 _COMMON = yaml.safe_load(COMMON.read_text(encoding="utf-8"))
 TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["sequence_length"]
 
-SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1000, 240, 960, 50, 90
-TUNING_BUDGET = 0.75
-KEEP_STEPS = BASE_STEPS // 4
+SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1400, 400, 1600, 70, 120
+TUNING_BUDGET = 0.5
 SEEDS, TUNING_SEED = (1, 2, 3), 7
-RATES = (3e-3, 6e-3, 1.2e-2)
-BASE_RATE = 6e-3
-KINDS = ("scratch", "depth", "width")
+RATES = (4e-3, 8e-3, 1.6e-2)
+WARM_UPS = (0.05, 0.2, 0.4)  # of the steps of a run; the middle one while rates are tuned
+BASE_KINDS = ("depth", "width")
+KINDS = ("scratch", *BASE_KINDS)
 
 Model = Mapping[str, int]
 Content = dict[str, Any]
 
 BASES: Mapping[str, Model] = {
-    "depth": {"num_layers": 2},  # g = 4
-    "depth_g2": {"num_layers": 4},
-    "depth_g8": {"num_layers": 1},
-    "width": {"hidden_size": 32, "num_attention_heads": 2, "num_query_groups": 2, "ffn_hidden_size": 88},
+    "depth": {"num_layers": 3},  # g = 4
+    "depth_g2": {"num_layers": 6},
+    "depth_g3": {"num_layers": 4},
+    "depth_g6": {"num_layers": 2},
+    "width": {"hidden_size": 36, "num_attention_heads": 2, "num_query_groups": 2, "ffn_hidden_size": 96},
 }
 TARGET: Model = {
-    "num_layers": 8,
-    "hidden_size": 64,
+    "num_layers": 12,
+    "hidden_size": 72,
     "num_attention_heads": 4,
     "num_query_groups": 4,
-    "ffn_hidden_size": 176,
+    "ffn_hidden_size": 192,
 }
 RAMP = {
     "depth": [0, RAMP_STEPS],
@@ -72,9 +73,42 @@ OPERATORS: Mapping[str, Mapping[str, Content]] = {
 }
 
 
+PARTIAL = {
+    "front": [0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 4, 5],
+    "middle": [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 4, 5],
+    "back": [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 4, 5],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A learning rate over a run of any length: ``warm_up`` is a part of its steps."""
+
+    rate: float
+    warm_up: float
+    kind: str = "cosine"
+    options: tuple[tuple[str, int], ...] = ()
+
+    def of(self, steps: int) -> Content:
+        """The schedule of a run of so many steps; to a tenth of the rate at the end."""
+        return schedule(self.rate, self.kind, warmup_steps=round(self.warm_up * steps), **dict(self.options))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning has chosen: the rate of the bases of each kind, and the plan of each kind of run."""
+
+    bases: Mapping[str, float]
+    plans: Mapping[str, Plan]
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """One run: ``content`` is its YAML over ``common.yaml``; ``needs`` are runs whose checkpoints it begins from."""
+    """One run: ``content`` is its YAML over ``common.yaml``; ``needs`` are runs whose checkpoints it begins from.
+
+    ``before`` is a script of this folder, with arguments, that makes what the run begins from; ``unseen_flops`` is what
+    such a beginning has cost.
+    """
 
     name: str
     group: str
@@ -82,6 +116,8 @@ class Experiment:
     seed: int
     content: Content
     needs: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    unseen_flops: float = 0.0
 
     @property
     def is_base(self) -> bool:
@@ -99,13 +135,13 @@ def schedule(rate: float, kind: str = "cosine", **others: Any) -> Content:
     return {"kind": kind, "learning_rate": rate, "min_learning_rate": rate / 10, **others}
 
 
-def base_run(base: str, seed: int, steps: int = BASE_STEPS, every: int | None = None) -> Experiment:
+def base_run(base: str, seed: int, rate: float, steps: int = BASE_STEPS, every: int | None = None) -> Experiment:
     """A small model at a constant rate; with ``every``, checkpoints are kept so often."""
-    suffix = "" if steps == BASE_STEPS else f"_{steps}"
+    suffix = f"_{rate:g}" if seed == TUNING_SEED else ""
     stage = {
         "name": "base",
         "model": dict(BASES[base]),
-        "schedule": schedule(BASE_RATE, "constant"),
+        "schedule": schedule(rate, "constant"),
         "training": {"steps": steps},
     }
     content: Content = {"stages": [stage]}
@@ -114,9 +150,10 @@ def base_run(base: str, seed: int, steps: int = BASE_STEPS, every: int | None = 
     return _run("bases", f"base_{base}{suffix}", seed, content)
 
 
-def scratch_run(group: str, column: str, seed: int, plan: Content, budget: float = 1.0) -> Experiment:
+def scratch_run(group: str, column: str, seed: int, plan: Plan, budget: float = 1.0) -> Experiment:
     """The target from its initial weights, for ``budget`` times the FLOPs."""
-    stage = {"name": "scratch", "schedule": plan, "training": {"steps": round(budget * SCRATCH_STEPS)}}
+    steps = round(budget * SCRATCH_STEPS)
+    stage = {"name": "scratch", "schedule": plan.of(steps), "training": {"steps": steps}}
     return _run(group, column, seed, {"stages": [stage]})
 
 
@@ -125,14 +162,13 @@ def grown_run(
     column: str,
     base: Experiment,
     growth: Mapping[str, Any],
-    plan: Content,
+    plan: Plan,
     *,
-    at: int | None = None,
+    at: int = BASE_STEPS,
     budget: float = 1.0,
 ) -> Experiment:
-    """The target out of ``base`` at its step ``at`` (its last one), at equal FLOPs in all."""
+    """The target out of ``base`` at its step ``at``, at equal FLOPs in all."""
     small = base.content["stages"][0]
-    at = small["training"]["steps"] if at is None else at
     full = {"optimizer_state": "reset", **growth}
     if growth["operator"] == "learn":
         full["learn"] = {"steps": LEARN_STEPS}
@@ -143,19 +179,42 @@ def grown_run(
         "name": "grown",
         "model": dict(TARGET),
         "growth": full,
-        "schedule": plan,
+        "schedule": plan.of(steps),
         "training": {"steps": steps},
     }
     return _run(group, column, base.seed, {"stages": [stage]}, (base.name,))
 
 
-def chained_run(group: str, column: str, seed: int, base: str, steps: int, plans: tuple[Content, Content],
+def released_run(base: Experiment, plan: Plan) -> Experiment:
+    """The width mapping of the paper's released code, made by a script of its own out of ``base``'s last step."""
+    small = base.content["stages"][0]
+    steps = steps_left(small, {"operator": "split"}, SCRATCH_STEPS)
+    start = f"released/s{base.seed}"
+    stage = {
+        "from": start,
+        "name": "grown",
+        "model": dict(TARGET),
+        "schedule": plan.of(steps),
+        "training": {"steps": steps},
+        "growth": {"operator": "direct", "optimizer_state": "reset"},
+    }
+    run = _run("ablations", "width_released", base.seed, {"stages": [stage]}, (base.name,))
+    cost = small["training"]["steps"] * TOKENS_PER_STEP * flops_per_token(model_of(small["model"]))
+    return replace(run, before=("released_width.py", f"runs/{base.name}", start), unseen_flops=float(cost))
+
+
+def chained_run(group: str, column: str, seed: int, base: Content, plans: tuple[Plan, Plan],
                 growth: Mapping[str, Any]) -> Experiment:  # fmt: skip
-    """Base and growth in one run, for what two runs cannot say: no steps before it, one schedule over both."""
-    small = {"name": "base", "model": dict(BASES[base]), "schedule": plans[0], "training": {"steps": steps}}
+    """``base``'s stage and growth in one run, for what two runs cannot say: no steps before it, one schedule for both.
+
+    Under ``schedule: continue`` the second of ``plans`` is over the steps of both stages.
+    """
     full = {"operator": "stack", "optimizer_state": "reset", **growth}
-    left = steps_left(small, full, SCRATCH_STEPS)
-    stage = {"name": "grown", "model": dict(TARGET), "growth": full, "schedule": plans[1], "training": {"steps": left}}
+    left = steps_left(base, full, SCRATCH_STEPS)
+    both = left + base["training"]["steps"] if growth.get("schedule") == "continue" else left
+    small = {**base, "schedule": plans[0].of(both)}
+    stage = {"name": "grown", "model": dict(TARGET), "growth": full, "schedule": plans[1].of(both),
+             "training": {"steps": left}}  # fmt: skip
     return _run(group, column, seed, {"stages": [small, stage]})
 
 
@@ -176,112 +235,118 @@ def model_of(sizes: Model) -> ModelConfig:
     return ModelConfig(**{**_COMMON["model"], **sizes})
 
 
-def tuning() -> Iterator[Experiment]:
-    """Each rate for each kind at three quarters of the budget, with a seed that is not used again."""
-    bases = {kind: base_run(kind, TUNING_SEED, round(TUNING_BUDGET * BASE_STEPS)) for kind in ("depth", "width")}
-    yield from bases.values()
+def tuning_bases() -> Iterator[Experiment]:
+    """Each rate for the bases of each kind, with a seed that is not used again."""
+    for kind in BASE_KINDS:
+        for rate in RATES:
+            yield base_run(kind, TUNING_SEED, rate)
+
+
+def tuning_rates(base_rates: Mapping[str, float]) -> Iterator[Experiment]:
+    """Each rate for each kind at a part of the budget, with the middle warm-up."""
     for rate in RATES:
-        yield scratch_run("tuning", f"scratch_{rate:g}", TUNING_SEED, schedule(rate), TUNING_BUDGET)
-        for kind, base in bases.items():
-            direct = OPERATORS[kind]["direct"]
-            yield grown_run("tuning", f"{kind}_{rate:g}", base, direct, schedule(rate), budget=TUNING_BUDGET)
+        yield from _tuning_runs(base_rates, dict.fromkeys(KINDS, Plan(rate, WARM_UPS[1])))
 
 
-def nine_way(rates: Mapping[str, float]) -> Iterator[Experiment]:
+def tuning_warm_ups(base_rates: Mapping[str, float], rates: Mapping[str, float]) -> Iterator[Experiment]:
+    """Each warm-up for each kind at its best rate."""
+    for warm_up in WARM_UPS:
+        yield from _tuning_runs(base_rates, {kind: Plan(rates[kind], warm_up) for kind in KINDS})
+
+
+def tuning_column(kind: str, plan: Plan) -> str:
+    """Name of the column in which ``plan`` is tried for a kind of run."""
+    return f"{kind}_{plan.rate:g}_warmup_{plan.warm_up:g}"
+
+
+def _tuning_runs(base_rates: Mapping[str, float], plans: Mapping[str, Plan]) -> Iterator[Experiment]:
+    for kind, plan in plans.items():
+        column = tuning_column(kind, plan)
+        if kind == "scratch":
+            yield scratch_run("tuning", column, TUNING_SEED, plan, TUNING_BUDGET)
+        else:
+            base = base_run(kind, TUNING_SEED, base_rates[kind])
+            yield grown_run("tuning", column, base, OPERATORS[kind]["direct"], plan, budget=TUNING_BUDGET)
+
+
+def nine_way(tuned: Tuned) -> Iterator[Experiment]:
     """Four operators in two directions and scratch, seed by seed; scratch also at budgets around the others'."""
     for seed in SEEDS:
-        bases = {"depth": base_run("depth", seed, every=KEEP_STEPS), "width": base_run("width", seed)}
+        bases = nine_way_bases(tuned, seed)
         yield from bases.values()
-        yield scratch_run("nine_way", "scratch", seed, schedule(rates["scratch"]))
+        scratch = tuned.plans["scratch"]
+        yield scratch_run("nine_way", "scratch", seed, scratch)
         for operator in OPERATORS["depth"]:
             for kind, base in bases.items():
-                growth, plan = OPERATORS[kind][operator], schedule(rates[kind])
+                growth, plan = OPERATORS[kind][operator], tuned.plans[kind]
                 yield grown_run("nine_way", f"{kind}_{operator}", base, growth, plan)
-        yield scratch_run("nine_way", "scratch_0.6x", seed, schedule(rates["scratch"]), 0.6)
-        yield scratch_run("nine_way", "scratch_1.5x", seed, schedule(rates["scratch"]), 1.5)
+        yield scratch_run("nine_way", "scratch_0.6x", seed, scratch, 0.6)
+        yield scratch_run("nine_way", "scratch_1.4x", seed, scratch, 1.4)
 
 
-def ablations(rates: Mapping[str, float]) -> Iterator[Experiment]:
-    """One thing changed at a time; ``random`` without masks with all seeds, the others with the first."""
-    plans = {kind: schedule(rate) for kind, rate in rates.items()}
-    depth, width = ({seed: base_run(kind, seed, every=KEEP_STEPS if kind == "depth" else None) for seed in SEEDS}
-                    for kind in ("depth", "width"))  # fmt: skip
-    for seed in SEEDS:
-        yield grown_run("ablations", "depth_random_unmasked", depth[seed], {"operator": "random"}, plans["depth"])
-        yield grown_run("ablations", "width_random_unmasked", width[seed], {"operator": "random"}, plans["width"])
-    yield from _of_warm_up(depth[1], width[1], rates)
-    yield from _of_timing(depth[1], plans)
-    yield from _of_less_growth(plans["depth"])
-    yield from _of_factor_and_layers(depth[1], plans["depth"])
-    yield from _of_optimizer(depth[1], width[1], plans)
-    yield from _of_late_growth(rates)
+def nine_way_bases(tuned: Tuned, seed: int) -> dict[str, Experiment]:
+    """The bases that all columns of a seed share; that of depth goes on, for later growth."""
+    depth = base_run("depth", seed, tuned.bases["depth"], LATE_STEPS, every=BASE_STEPS // 2)
+    return {"depth": depth, "width": base_run("width", seed, tuned.bases["width"])}
 
 
-def _of_less_growth(plan: Content) -> Iterator[Experiment]:
-    """Added when seed 1 of it had been seen, the best of all in depth: g = 2 with the other seeds."""
-    for seed in SEEDS[1:]:
-        half = base_run("depth_g2", seed)
-        yield half
-        yield grown_run("ablations", "g_2", half, {"operator": "stack"}, plan)
+def ablations(tuned: Tuned) -> Iterator[Experiment]:
+    """One thing changed at a time, with all seeds; what matters most comes first."""
+    for part in (_of_factor, _of_timing, _of_optimizer, _of_late_growth, _of_layers):
+        for seed in SEEDS:
+            yield from part(tuned, seed)
 
 
-def _of_warm_up(depth: Experiment, width: Experiment, rates: Mapping[str, float]) -> Iterator[Experiment]:
-    """Controls, added when results had been seen: a warm-up as long as a base's training, for scratch and for grown."""
-    for rate in (rates["scratch"], RATES[-1]):
-        yield scratch_run("ablations", f"scratch_{rate:g}_warmup", 1, schedule(rate, warmup_steps=BASE_STEPS))
-    plans = {kind: schedule(rate, warmup_steps=BASE_STEPS) for kind, rate in rates.items()}
-    for kind, operator, base in (("width", "zero", width), ("depth", "direct", depth), ("width", "direct", width)):
-        yield grown_run("ablations", f"{kind}_{operator}_warmup", base, OPERATORS[kind][operator], plans[kind])
-    for seed in SEEDS[1:]:
-        yield scratch_run("ablations", f"scratch_{rates['scratch']:g}_warmup", seed, plans["scratch"])
+def _of_factor(tuned: Tuned, seed: int) -> Iterator[Experiment]:
+    """g = 2, 3 and 6; 4 is the nine-way's."""
+    for g in (2, 3, 6):
+        base = base_run(f"depth_g{g}", seed, tuned.bases["depth"])
+        yield base
+        yield grown_run("ablations", f"g_{g}", base, {"operator": "stack"}, tuned.plans["depth"])
 
 
-def _of_timing(base: Experiment, plans: Mapping[str, Content]) -> Iterator[Experiment]:
-    """d: how long the base is trained, at equal FLOPs in all; 240 steps are the nine-way's."""
-    plan, stack = plans["depth"], {"operator": "stack"}
-    yield chained_run("ablations", "d_0", base.seed, "depth", 0, (schedule(BASE_RATE, "constant"), plan), {})
-    for at in (BASE_STEPS // 4, BASE_STEPS // 2):
-        yield grown_run("ablations", f"d_{at}", base, stack, plan, at=at)
-    longer = base_run("depth", base.seed, LATE_STEPS, every=2 * BASE_STEPS)
-    yield longer
-    for at in (2 * BASE_STEPS, LATE_STEPS):
-        yield grown_run("ablations", f"d_{at}", longer, stack, plan, at=at)
+def _of_timing(tuned: Tuned, seed: int) -> Iterator[Experiment]:
+    """d: how long the base is trained, at equal FLOPs in all; ``BASE_STEPS`` are the nine-way's."""
+    base, plan = nine_way_bases(tuned, seed)["depth"], tuned.plans["depth"]
+    none = {**base.content["stages"][0], "training": {"steps": 0}}
+    yield chained_run("ablations", "d_0", seed, none, (plan, plan), {})
+    for at in (BASE_STEPS // 2, 2 * BASE_STEPS, LATE_STEPS):
+        yield grown_run("ablations", f"d_{at}", base, {"operator": "stack"}, plan, at=at)
 
 
-def _of_factor_and_layers(base: Experiment, plan: Content) -> Iterator[Experiment]:
-    """g = 2 and 8 (4 is the nine-way's), 112233, and which of four layers are repeated."""
-    half, eighth = (base_run(name, base.seed) for name in ("depth_g2", "depth_g8"))
-    yield half
-    yield grown_run("ablations", "g_2", half, {"operator": "stack"}, plan)
-    yield eighth
-    yield grown_run("ablations", "g_8", eighth, {"operator": "stack"}, plan)
-    yield grown_run("ablations", "interleaved", base, {"operator": "interpolate"}, plan)
-    partial = {"front": [0, 1, 0, 1, 0, 1, 2, 3], "middle": [0, 1, 2, 1, 2, 1, 2, 3], "back": [0, 1, 2, 3, 2, 3, 2, 3]}
-    for name, layers in partial.items():
-        yield grown_run("ablations", f"partial_{name}", half, {"operator": "stack", "layers": layers}, plan)
-    yield grown_run("ablations", "noise_0.2", base, {"operator": "stack", "noise": 0.2}, plan)
-
-
-def _of_optimizer(depth: Experiment, width: Experiment, plans: Mapping[str, Content]) -> Iterator[Experiment]:
-    """What becomes of the moments and of the schedule, and how copies in width come apart."""
+def _of_optimizer(tuned: Tuned, seed: int) -> Iterator[Experiment]:
+    """What becomes of the moments and of the schedule, how copies in width come apart, and the released mapping."""
+    bases, plans = nine_way_bases(tuned, seed), tuned.plans
+    depth, width = bases["depth"], bases["width"]
     stack, carry = {"operator": "stack"}, {"optimizer_state": "carry"}
     split = OPERATORS["width"]["direct"]
+    yield released_run(width, plans["width"])
     yield grown_run("ablations", "depth_carry", depth, {**stack, **carry}, plans["depth"])
     yield grown_run("ablations", "width_carry", width, {**split, **carry}, plans["width"])
     yield grown_run("ablations", "width_even", width, {"operator": "split"}, plans["width"])
-    yield grown_run("ablations", "width_noise", width, {"operator": "split", "cancelling_noise": 0.5}, plans["width"])
+    small = {**depth.content["stages"][0], "training": {"steps": BASE_STEPS}}
     both = (plans["depth"], plans["depth"])
-    continued = {"schedule": "continue"}
-    yield chained_run("ablations", "schedule_continue", depth.seed, "depth", BASE_STEPS, both, continued)
+    yield chained_run("ablations", "schedule_continue", seed, small, both, {"schedule": "continue"})
 
 
-def _of_late_growth(rates: Mapping[str, float]) -> Iterator[Experiment]:
+def _of_late_growth(tuned: Tuned, seed: int) -> Iterator[Experiment]:
     """Warm-up, constant, then down over a fifth of the steps: from scratch, grown early, grown late."""
-    wsd = {kind: schedule(rate, "wsd", decay_steps=SCRATCH_STEPS // 5) for kind, rate in rates.items()}
-    early, late = base_run("depth", 1, every=KEEP_STEPS), base_run("depth", 1, LATE_STEPS, every=2 * BASE_STEPS)
-    yield scratch_run("ablations", "wsd_scratch", 1, wsd["scratch"])
-    yield grown_run("ablations", "wsd_early", early, {"operator": "stack"}, wsd["depth"])
-    yield grown_run("ablations", "wsd_late", late, {"operator": "stack"}, wsd["depth"])
+    options = (("decay_steps", SCRATCH_STEPS // 5),)
+    wsd = {kind: replace(plan, kind="wsd", options=options) for kind, plan in tuned.plans.items()}
+    base = nine_way_bases(tuned, seed)["depth"]
+    yield scratch_run("ablations", "wsd_scratch", seed, wsd["scratch"])
+    for name, at in (("early", BASE_STEPS), ("late", LATE_STEPS)):
+        yield grown_run("ablations", f"wsd_{name}", base, {"operator": "stack"}, wsd["depth"], at=at)
+
+
+def _of_layers(tuned: Tuned, seed: int) -> Iterator[Experiment]:
+    """112233, noise, and which of six layers are repeated."""
+    base, plan = nine_way_bases(tuned, seed)["depth"], tuned.plans["depth"]
+    yield grown_run("ablations", "interleaved", base, {"operator": "interpolate"}, plan)
+    yield grown_run("ablations", "noise_0.2", base, {"operator": "stack", "noise": 0.2}, plan)
+    half = base_run("depth_g2", seed, tuned.bases["depth"])
+    for name, layers in PARTIAL.items():
+        yield grown_run("ablations", f"partial_{name}", half, {"operator": "stack", "layers": layers}, plan)
 
 
 def _run(group: str, column: str, seed: int, content: Content, needs: tuple[str, ...] = ()) -> Experiment:

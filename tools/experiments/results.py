@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import KINDS, RATES, TARGET, Experiment, model_of, tuning  # type: ignore[import-not-found]
+from experiments import TARGET, Experiment, model_of  # type: ignore[import-not-found]
 
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
@@ -22,7 +22,7 @@ from growth_megatron.report.compare import Curve, Run, compare, cost_of, read_ru
 from growth_megatron.report.plots import plot_comparison
 
 Record = dict[str, Any]
-SHORT, LONG = "scratch_0.6x", "scratch_1.5x"
+SHORT, LONG = "scratch_0.6x", "scratch_1.4x"
 
 
 def steps_of(run: Experiment) -> float:
@@ -56,17 +56,16 @@ def record(output: Path, run: Experiment) -> None:
         "column": run.column,
         "seed": run.seed,
         "validation_loss": validation.losses[-1],
-        "flops": validation.costs["flops"][-1],
+        "flops": validation.costs["flops"][-1] + run.unseen_flops,
         "tokens": validation.costs["consumed_tokens"][-1],
         **held_out,
     }
     write_text(_record(output, run.name), json.dumps(entry, indent=1) + "\n")
 
 
-def best_rates(output: Path) -> dict[str, float]:
-    """The learning rate of each kind with the lowest validation loss of its tuning runs."""
-    losses = {run.column: _read(output, run.name)["validation_loss"] for run in tuning() if not run.is_base}
-    return {kind: min(RATES, key=lambda rate: losses[f"{kind}_{rate:g}"]) for kind in KINDS}
+def lowest(output: Path, runs: Mapping[float, Experiment]) -> float:
+    """The setting whose run has the lowest validation loss."""
+    return min(runs, key=lambda setting: float(_read(output, runs[setting].name)["validation_loss"]))
 
 
 def write(output: Path) -> None:

@@ -11,19 +11,19 @@ all that is known by then.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import experiments  # type: ignore[import-not-found]
 import results  # type: ignore[import-not-found]
 import yaml
-from experiments import COMMON, KINDS, RATES, Experiment, ablations, nine_way, tuning  # type: ignore[import-not-found]
+from experiments import BASE_KINDS, COMMON, KINDS, RATES, TUNING_SEED, WARM_UPS, Experiment, Plan, Tuned
 
 from growth_megatron.errors import ConfigError, GrowthMegatronError
 from growth_megatron.parallel.file_lock import locked
@@ -120,9 +120,12 @@ class Crew:
             job.process.send_signal(signal.SIGTERM)
 
     def _start(self, run: Experiment) -> None:
-        train = [*CLI, "train", f"configs/{run.name}.yaml"]
-        after = [["nice", "-n", "19", sys.executable, str(HERE / "held_out.py"), f"runs/{run.name}"]]
-        self.jobs.append(Job(run, self._open(run, train), after if run.is_compared else []))
+        commands = [[*CLI, "train", f"configs/{run.name}.yaml"]]
+        if run.before:
+            commands.insert(0, _script(*run.before))
+        if run.is_compared:
+            commands.append(_script("held_out.py", f"runs/{run.name}"))
+        self.jobs.append(Job(run, self._open(run, commands[0]), commands[1:]))
 
     def _open(self, run: Experiment, command: list[str]) -> subprocess.Popen[bytes]:
         self._log(run).parent.mkdir(exist_ok=True)
@@ -154,20 +157,62 @@ class Crew:
         return self.output / "logs" / f"{run.name}.log"
 
 
-def of_phase(phase: str, rates: dict[str, float]) -> list[Experiment]:
+def _script(name: str, *arguments: str) -> list[str]:
+    """The command of a script of this folder."""
+    return ["nice", "-n", "19", sys.executable, str(HERE / name), *arguments]
+
+
+def of_phase(phase: str, tuned: Tuned) -> list[Experiment]:
     """The runs after tuning; none twice."""
-    chosen: Iterable[Experiment] = ()
+    chosen: list[Experiment] = []
     if phase in ("nine_way", "all"):
-        chosen = nine_way(rates)
-    found = {run.name: run for run in chosen}
+        chosen += experiments.nine_way(tuned)
     if phase in ("ablations", "all"):
-        found |= {run.name: run for run in _with_bases(rates) if run.name not in found}
-    return list(found.values())
+        for seed in experiments.SEEDS:
+            chosen += experiments.nine_way_bases(tuned, seed).values()
+        chosen += experiments.ablations(tuned)
+    return list({run.name: run for run in chosen}.values())
 
 
-def _with_bases(rates: dict[str, float]) -> list[Experiment]:
-    """The ablations after the nine-way's bases, which they grow."""
-    return [*(run for run in nine_way(rates) if run.is_base), *ablations(rates)]
+def tune(crew: Crew) -> Tuned | None:
+    """Rates of the bases, then rates of scratch, depth and width, then their warm-ups; None if a run failed."""
+    if not crew.work(list(experiments.tuning_bases())):
+        return None
+    bases = {}
+    for kind in BASE_KINDS:
+        tried = {rate: experiments.base_run(kind, TUNING_SEED, rate) for rate in RATES}
+        bases[kind] = results.lowest(crew.output, tried)
+    if not crew.work(runs := list(experiments.tuning_rates(bases))):
+        return None
+    rates = {kind: _best(crew.output, runs, kind, {rate: Plan(rate, WARM_UPS[1]) for rate in RATES}) for kind in KINDS}
+    if not crew.work(runs := list(experiments.tuning_warm_ups(bases, rates))):
+        return None
+    plans = {}
+    for kind, rate in rates.items():
+        tried_plans = {warm_up: Plan(rate, warm_up) for warm_up in WARM_UPS}
+        plans[kind] = tried_plans[_best(crew.output, runs, kind, tried_plans)]
+    return Tuned(bases, plans)
+
+
+def _best(output: Path, runs: Iterable[Experiment], kind: str, plans: Mapping[float, Plan]) -> float:
+    by_column = {run.column: run for run in runs}
+    tried = {setting: by_column[experiments.tuning_column(kind, plan)] for setting, plan in plans.items()}
+    best: float = results.lowest(output, tried)
+    return best
+
+
+def assumed() -> Tuned:
+    """Middle values, for a list before anything was tuned."""
+    plan = Plan(RATES[1], WARM_UPS[1])
+    return Tuned(dict.fromkeys(BASE_KINDS, RATES[1]), dict.fromkeys(KINDS, plan))
+
+
+def all_tuning(tuned: Tuned) -> list[Experiment]:
+    """Every run of tuning, as if ``tuned`` were what the earlier ones had chosen."""
+    rates = {kind: plan.rate for kind, plan in tuned.plans.items()}
+    runs = [*experiments.tuning_bases(), *experiments.tuning_rates(tuned.bases)]
+    runs += experiments.tuning_warm_ups(tuned.bases, rates)
+    return list({run.name: run for run in runs}.values())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.workers < 1:
         parser.error(f"--workers {options.workers} trains nothing; give 1 or more")
     if options.dry_run:
-        for run in [*tuning(), *of_phase(options.phase, dict.fromkeys(KINDS, RATES[1]))]:
+        for run in [*all_tuning(assumed()), *of_phase(options.phase, assumed())]:
             state = "finished" if results.is_finished(output, run) else "to do"
             print(
                 f"{run.name:44} {state:9} {results.steps_of(run):5.0f} steps' worth, from {', '.join(run.needs) or '-'}"
@@ -203,11 +248,11 @@ def work(output: Path, phase: str, workers: int) -> int:
     crew = Crew(output, workers)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, crew.stop)
-    if not crew.work(list(tuning())):
+    tuned = tune(crew)
+    if tuned is None:
         return 1
-    rates = results.best_rates(output)
-    print(f"learning rates: {json.dumps(rates)}", flush=True)
-    complete = crew.work(of_phase(phase, rates))
+    print(f"tuned: {tuned}", flush=True)
+    complete = crew.work(of_phase(phase, tuned))
     results.write(output)
     print(f"results: {output / 'results.json'}, results.md, results.png")
     return 0 if complete else 1
