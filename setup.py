@@ -23,6 +23,7 @@ EXTRAS = {
         "hypothesis",
         "ruff",
         "mypy",
+        "PyYAML",
         "types-PyYAML",
         "scipy",
         "zstandard",
@@ -64,7 +65,7 @@ setup(
         "numpy",
         "psutil",  # megatron-core imports it without declaring it
         "pydantic>=2",
-        "PyYAML",
+        "ruamel.yaml>=0.18",
         "rich",
         "sentencepiece",
         "protobuf",  # of sentencepiece's model files

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
+from growth_megatron.config.document import our_name, parse, read
 from growth_megatron.config.growth_schema import GrowthConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.words import did_you_mean
@@ -105,14 +105,7 @@ def _count(layers: str | Sequence[int], source_layers: int) -> int:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GrowthError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GrowthError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(document, dict):
-        raise GrowthError(f"{path} holds no mapping; write model: and growth: sections")
+    document: dict[str, Any] = read(path).plain()
     for key, allowed in ((None, _FILE_KEYS), ("model", MODEL_SETTINGS), ("growth", _GROWTH_KEYS)):
         section = document if key is None else document.get(key)
         if section is not None and not isinstance(section, dict):
@@ -126,16 +119,13 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _parse(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
-    key = key.strip().removeprefix("model.").removeprefix("growth.")
+    key = our_name("model", key.strip().removeprefix("model.").removeprefix("growth."))
     if not equals:
         raise GrowthError(f"--set {setting}: not a setting; write key=value, as in num_layers=24")
     known = (*MODEL_SETTINGS, *GROWTH_SETTINGS)
     if key not in known:
         raise GrowthError(f"--set {setting}: cannot set {key}{_hint(key, known)}")
-    try:
-        return key, yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # such as a number of thousands of digits
-        raise GrowthError(f"--set {key}: {text[:40]!r} is not a value") from None
+    return key, parse(text, "--set", numbered=False, path=key).plain()
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from growth_megatron.checkpoint.folder.commit import exclusive
 from growth_megatron.checkpoint.folder.files import FileOperations, expected_in
 from growth_megatron.checkpoint.folder.manifest import MANIFEST_NAME, checksum_files
@@ -19,6 +17,7 @@ from growth_megatron.checkpoint.torch_dist.reader import METADATA_NAME
 from growth_megatron.checkpoint.torch_dist.writer import write_checkpoint
 from growth_megatron.commands.parsing import Subparsers, add_command, add_overwrite
 from growth_megatron.commands.train_file import write_train_file
+from growth_megatron.config.document import our_name, parse
 from growth_megatron.config.lines import model_line
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.units import format_bytes
@@ -120,16 +119,9 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
+        key = our_name("model", key)
         if not equals or key not in SETTINGS:
             hint = did_you_mean(key, SETTINGS) or ";"
             raise ConfigError(f"--set {text}: write key=value{hint} keys: {', '.join(SETTINGS)}")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: {value!r} is not a value") from None
-        if isinstance(settings[key], str):  # as YAML takes 1e-5
-            try:
-                settings[key] = float(settings[key])
-            except ValueError:
-                raise ConfigError(f"--set {key}: {value!r} is not a number") from None
+        settings[key] = parse(value, "--set", numbered=False, path=key).plain()
     return settings

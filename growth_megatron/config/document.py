@@ -3,19 +3,21 @@
 Owns: reading a file to nodes, number syntax, merging two trees, writing plain data as YAML.
 Does not own: what keys mean (``config.schema``), includes and overrides (``config.load``, ``config.overrides``).
 
-Numbers follow YAML 1.2 with Python's underscores: ``1e-4`` is a float and ``10_000`` an integer; ``yes``, ``on`` and
-``1:30`` stay text.
+Numbers follow YAML 1.2 with Python's underscores: ``1e-4`` is a float and ``10_000`` an integer; ``yes``, ``on``,
+``1:30`` and dates stay text.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML, MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import Node as YamlNode
 
 from growth_megatron.config.words import closest
 from growth_megatron.errors import ConfigError
@@ -45,35 +47,8 @@ MEGATRON_NAMES = {
 _LARGEST = 20_000  # nodes of a file, aliases written out; a configuration has a few hundred
 
 _TAG = "tag:yaml.org,2002:"
-_SYNTAX = {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9][0-9_]{0,99}|0x[0-9a-fA-F_]+",
-    "float": r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}
-_MEANING: dict[str, Callable[[str], Any]] = {
-    _TAG + "null": lambda text: None,
-    _TAG + "bool": lambda text: text.lower() == "true",
-    _TAG + "int": lambda text: int(text.replace("_", ""), 16 if "x" in text else 10),
-    _TAG + "float": lambda text: float(re.sub(r"\.(?=[in])|_", "", text.lower())),
-    _TAG + "str": str,
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the number syntax of this module."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - as PyYAML has it
-
-
-for _name, _pattern in _SYNTAX.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"({_pattern})$"), None)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what the loader would not take for text."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_TEXT = (_TAG + "str", _TAG + "timestamp")
+_CONSTRUCTED = tuple(_TAG + kind for kind in ("null", "bool", "int", "float"))
 
 
 @dataclass(frozen=True)
@@ -106,42 +81,47 @@ class Node:
 
 
 class _Builder:
-    """Turns PyYAML's nodes into ours, collecting faults instead of stopping at the first."""
+    """Turns ruamel.yaml's nodes into ours, collecting faults instead of stopping at the first."""
 
     def __init__(self, name: str, numbered: bool):
         self.name = name
         self.numbered = numbered
+        self.yaml = YAML(typ="safe", pure=True)
         self.faults: list[str] = []
         self.built = 0
 
-    def place(self, node: yaml.Node) -> str:
+    def place(self, node: YamlNode) -> str:
         return f"{self.name}:{node.start_mark.line + 1}" if self.numbered else self.name
 
-    def fault(self, node: yaml.Node, text: str) -> None:
+    def fault(self, node: YamlNode, text: str) -> None:
         self.faults.append(f"{self.place(node)}: {text}")
 
-    def build(self, node: yaml.Node, path: str) -> Node:
+    def build(self, node: YamlNode, path: str) -> Node:
         self.built += 1
         if self.built > _LARGEST:
             raise ConfigError(f"{self.place(node)}: more than {_LARGEST} values, aliases counted; write fewer")
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, MappingNode):
             return self.mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, SequenceNode):
             items = [self.build(item, f"{path}.{_item_label(item, index)}") for index, item in enumerate(node.value)]
             return Node(items, self.place(node), path)
+        value, tag = node.value, str(node.tag)
         try:
-            return Node(_MEANING[node.tag](node.value), self.place(node), path)
-        except (KeyError, ValueError):
-            self.fault(node, f"{path}: tag {node.tag!r} is not supported here; write a plain value")
-            return Node(None, self.place(node), path)
+            if tag in _CONSTRUCTED:
+                value = self.yaml.constructor.construct_object(node)
+            elif tag not in _TEXT:
+                self.fault(node, f"{path}: tag {tag!r} is not supported here; write a plain value")
+        except ValueError:  # thousands of digits, or 0x_
+            self.fault(node, f"{path}: {value[:20]!r} cannot be read as a number; write a finite number")
+        return Node(value, self.place(node), path)
 
-    def mapping(self, node: yaml.MappingNode, path: str) -> Node:
+    def mapping(self, node: MappingNode, path: str) -> Node:
         content: dict[str, Node] = {}
         shared: list[Node] = []
         for key_node, value_node in node.value:
             key = our_name(path.rpartition(".")[2], str(key_node.value))
             here = f"{path}.{key}" if path else key
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, ScalarNode):
                 self.fault(key_node, f"{path or 'top level'}: a key must be a plain word; remove the brackets")
             elif key == "<<" and key_node.style is None:
                 shared += self.shared(value_node, path)
@@ -156,9 +136,9 @@ class _Builder:
             result = merge(lower, result)
         return result
 
-    def shared(self, node: yaml.Node, path: str) -> list[Node]:
+    def shared(self, node: YamlNode, path: str) -> list[Node]:
         """Mappings of a ``<<`` key."""
-        built = [self.build(item, path) for item in (node.value if isinstance(node, yaml.SequenceNode) else [node])]
+        built = [self.build(item, path) for item in (node.value if isinstance(node, SequenceNode) else [node])]
         if all(isinstance(item.value, dict) for item in built):
             return built
         self.fault(node, f"{path}.<<: must refer to a mapping (an anchor like *name)")
@@ -170,10 +150,10 @@ def our_name(section: str, key: str) -> str:
     return MEGATRON_NAMES.get(section, {}).get(key, key)
 
 
-def _item_label(node: yaml.Node, index: int) -> str:
+def _item_label(node: YamlNode, index: int) -> str:
     """How a list item is addressed: a stage by its name, anything else by its index."""
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if key.value == "name" and isinstance(value, yaml.ScalarNode) and not value.value.isdigit():
+    for key, value in node.value if isinstance(node, MappingNode) else ():
+        if key.value == "name" and isinstance(value, ScalarNode) and not value.value.isdigit():
             return str(value.value)
     return str(index)
 
@@ -191,13 +171,13 @@ def parse(text: str, name: str, *, numbered: bool = True, path: str = "") -> Nod
     """
     builder = _Builder(name, numbered)
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root = builder.yaml.compose(text)
         node = builder.build(root, path) if root else Node(None, f"{name}:1" if numbered else name, path)
     except RecursionError:
         raise ConfigError(
             f"{name}: is nested too deeply, or an alias refers to the value it is part of; write values out"
         ) from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = f"{name}:{mark.line + 1}" if mark and numbered else name
         reason = " ".join((getattr(error, "problem", None) or str(error)).split())
@@ -240,4 +220,9 @@ def merge(lower: Node, upper: Node) -> Node:
 
 def dump(data: dict[str, Any]) -> str:
     """YAML text of plain data, keys in their order; ``parse`` gives the same data back."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.width = False, 120
+    yaml.representer.sort_base_mapping_type_on_output = False
+    text = io.StringIO()
+    yaml.dump(data, text)
+    return text.getvalue()

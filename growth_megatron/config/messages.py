@@ -17,9 +17,7 @@ from pydantic_core import ErrorDetails
 
 from growth_megatron.config.document import Node
 from growth_megatron.config.run_schema import RunConfig
-from growth_megatron.config.schema import (
-    StageConfig,
-)
+from growth_megatron.config.schema import StageConfig
 from growth_megatron.config.words import closest
 
 STAGE_SECTIONS = ("model", "parallel", "optimizer", "schedule", "training", "data")

@@ -184,7 +184,8 @@ def test_damaged_newer_checkpoints_of_a_run_are_passed_over_and_named(
         (["num_layers=six"], None, "num_layers: Input should be a valid integer"),
         (["num_layers=-6"], None, "should be greater than or equal to 0 (here -6)"),
         (["num_layers=0"], None, "would drop every layer; keep 1 at least"),
-        (["num_layers=" + 5000 * "9"], None, "is not a value"),
+        (["num_layers=" + 5000 * "9"], None, "--set: num_layers: '99999999999999999999' cannot be read as a number"),
+        (["rotary_base=1e5"], None, "cannot set rope_base"),
         (["num_layers=6", "num_layers=9"], None, "more than once (6 and 9)"),
         (["num_layers=2"], None, "to drop layers, list those to keep in growth.layers (--layers), as 0,1"),
         (
