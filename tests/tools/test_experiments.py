@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from growth_megatron.data.prepare import prepare_data
 from growth_megatron.data.tokenizer import train_tokenizer
@@ -26,7 +27,10 @@ def tools() -> Any:
     """The modules of tools/experiments, as their own scripts import them."""
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("experiments", "results", "run")}
+        yield {
+            name: importlib.import_module(name)
+            for name in ("experiments", "released_width", "results", "run", "tables")
+        }
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -84,6 +88,22 @@ def test_a_speed_up_is_read_off_the_annealed_ends_of_scratch_and_never_extrapola
     assert speed_up(4.6) == "> +50.0%"
 
 
+def test_the_released_mapping_copies_by_one_draw_and_shares_what_reads_the_copies(tools: Any) -> None:
+    numbers = torch.arange(1.0, 1000.0)
+    square, fused = numbers[:16].view(4, 4), [numbers[k : k + 16].view(4, 4) for k in (0, 100, 200)]
+    layer = dict(zip((f"self_attn.{letter}_proj.weight" for letter in "qkv"), fused, strict=True))
+    weights = {"model.norm.weight": numbers[:4], "lm_head.weight": square, "mlp.down_proj.weight": square, **layer}
+    wide = tools["released_width"].widened(weights, [2, 0, 2, 1], head_dim=2)
+    assert wide["model.norm.weight"].tolist() == [1, 2, 3, 4, 3, 1, 3, 2]
+    assert torch.allclose(wide["lm_head.weight"][0], torch.tensor([1 / 2, 2 / 2, 3 / 3, 4, 3 / 3, 1 / 2, 3 / 3, 2 / 2]))
+    assert wide["mlp.down_proj.weight"].shape == (8, 8)
+    # rows of q, k, v head by head: the first four are head 0's q and k, and every new row is one of them
+    first = torch.cat([fused[0][:2], fused[1][:2]])[[2, 0, 2, 1]] / torch.tensor([2.0, 2.0, 3.0, 1.0])
+    assert torch.equal(wide["self_attn.q_proj.weight"][4:, :4], torch.cat([first[:2], first[2:]]))
+    assert torch.equal(wide["self_attn.k_proj.weight"][4:, :4], torch.cat([first[2:], first[:2]]))
+    assert torch.equal(wide["self_attn.v_proj.weight"][4:, :4], torch.cat([first[:2], first[2:]]))
+
+
 def test_runs_are_trained_evaluated_and_recorded_once(tools: Any, tmp_path: Path) -> None:
     _prepare(tools, tmp_path)
     experiments, results = tools["experiments"], tools["results"]
@@ -103,7 +123,7 @@ def test_runs_are_trained_evaluated_and_recorded_once(tools: Any, tmp_path: Path
     assert found["flops"] == {"1": last.costs["flops"][-1]}
     assert 0 < abs(found["same_sources"]["1"] - last.losses[-1]) < 0.2  # on more samples than the run's own
     assert found["same_sources"] != found["other_source"]
-    assert "nine_way/depth_direct | 1 |" in (tmp_path / "results.md").read_text()
+    assert "| direct, depth (`stack`) | `depth_direct` | 1 |" in (tmp_path / "results.md").read_text()
     assert crew.work([base, grown])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 

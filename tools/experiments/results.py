@@ -1,20 +1,21 @@
 """What came of the experiments: a record of each finished run, and tables and a picture of all that there are.
 
 Owns: DIR/finished/NAME.json (one run), results.json, results.md, results.png. All is written beside, then renamed.
-Does not own: which runs there are (``experiments.py``), curves and speed-ups along them (``growth_megatron.report``).
+Does not own: which runs there are (``experiments.py``), the tables (``tables.py``), curves and speed-ups along them
+(``growth_megatron.report``).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import TARGET, Experiment, model_of  # type: ignore[import-not-found]
+from tables import markdown  # type: ignore[import-not-found]
 
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
@@ -131,50 +132,6 @@ def _nine_way_runs(output: Path, records: Sequence[Record]) -> dict[str, dict[in
         if entry["group"] == "nine_way" and entry["column"] not in (SHORT, LONG):
             runs.setdefault(entry["column"], {})[entry["seed"]] = read_run(output / "runs" / entry["name"])
     return runs
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """The table of all columns."""
-    lines = [
-        "| column | seeds | held-out loss, same sources | gain over scratch | held-out loss, other source | "
-        "speed-up at equal annealed loss | along the curves |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, column in found["columns"].items():
-        curve = found["along_the_curves"].get(name.removeprefix("nine_way/"), {}) if "nine_way/" in name else {}
-        along = curve.get("speed_ups", {}).get("validation", {}).get("flops", {}).get("of", ())
-        cells = [
-            name,
-            str(len(column["same_sources"])),
-            spread(column["same_sources"].values()),
-            spread(column.get("gain", {}).values(), "+.4f"),
-            spread(column["other_source"].values()),
-            percents(column.get("speed_up", {}).values()),
-            percents(each["baseline_cost"] / each["run_cost"] - 1 for each in along),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def spread(values: Any, form: str = ".4f") -> str:
-    """Mean and standard deviation over seeds."""
-    found = list(values)
-    if not found:
-        return "-"
-    deviation = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):{form}}{deviation}"
-
-
-def percents(values: Any) -> str:
-    """The mean where all are known, and each."""
-    found = list(values)
-    each = [value if isinstance(value, str) else f"{value:+.1%}" for value in found]
-    known = [value for value in found if not isinstance(value, str)]
-    if not found:
-        return "-"
-    if len(found) == 1 or len(known) < len(found):
-        return ", ".join(each)
-    return f"{statistics.fmean(known):+.1%} ({', '.join(each)})"
 
 
 def _plot(output: Path, records: Sequence[Record]) -> None:

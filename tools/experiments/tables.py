@@ -1,0 +1,165 @@
+"""The tables of docs/results.md, out of results.json.
+
+    python tools/experiments/tables.py DIR/results.json
+
+Owns: their columns, order and words. Pure. Does not own: figures (``results.py``), which runs there are.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+NINE_WAY = {
+    "scratch": "scratch",
+    "depth_direct": "direct, depth (`stack`)",
+    "depth_learn": "learn, depth",
+    "depth_zero": "zero, depth",
+    "depth_random": "random, depth (`masked`)",
+    "width_direct": "direct, width (`split`)",
+    "width_learn": "learn, width",
+    "width_zero": "zero, width",
+    "width_random": "random, width (`masked`)",
+    "scratch_0.6x": "scratch, 0.6 of the budget",
+    "scratch_1.4x": "scratch, 1.4 of the budget",
+}
+PAPER = {"scratch": "0", "depth_direct": "+49.1 %", "depth_learn": "+48.6 %", "depth_zero": "+46.6 %",
+         "depth_random": "-25.7 %", "width_direct": "-0.7 %", "width_learn": "-15.4 %", "width_zero": "-17.9 %",
+         "width_random": "-13.8 %"}  # fmt: skip
+"""Speed-ups at equal training loss (arXiv 2405.15319)."""
+ABLATIONS = {
+    "g_2": ("g = 2: 6 layers, twice", "nine_way/depth_direct"),
+    "g_3": ("g = 3: 4 layers, three times", "nine_way/depth_direct"),
+    "g_6": ("g = 6: 2 layers, six times", "nine_way/depth_direct"),
+    "d_0": ("d = 0: initial layers stacked", "nine_way/depth_direct"),
+    "d_200": ("d = 200 steps", "nine_way/depth_direct"),
+    "d_800": ("d = 800 steps", "nine_way/depth_direct"),
+    "d_1600": ("d = 1600 steps", "nine_way/depth_direct"),
+    "width_released": ("the released mapping, width", "nine_way/width_direct"),
+    "width_even": ("even shares, width: exact copies", "nine_way/width_direct"),
+    "width_carry": ("moments carried, width", "nine_way/width_direct"),
+    "depth_carry": ("moments carried, depth", "nine_way/depth_direct"),
+    "schedule_continue": ("one cosine over base and grown stage", "nine_way/depth_direct"),
+    "wsd_scratch": ("warm-up, constant, decay: scratch", "nine_way/scratch"),
+    "wsd_early": ("warm-up, constant, decay: grown at 400", "ablations/wsd_scratch"),
+    "wsd_late": ("warm-up, constant, decay: grown at 1600", "ablations/wsd_scratch"),
+    "interleaved": ("112233 for 123123", "nine_way/depth_direct"),
+    "noise_0.2": ("noise 0.2", "nine_way/depth_direct"),
+    "partial_front": ("front of 6 layers repeated", "ablations/g_2"),
+    "partial_middle": ("middle repeated", "ablations/g_2"),
+    "partial_back": ("back repeated", "ablations/g_2"),
+}
+"""Of each column what it is, and the column that it differs from in one thing."""
+
+
+def nine_way_table(found: Mapping[str, Any]) -> str:
+    """Four operators in two directions and scratch, as far as there are runs of them."""
+    rows = []
+    for name, label in NINE_WAY.items():
+        if column := found["columns"].get(f"nine_way/{name}"):
+            along = found["along_the_curves"].get(name, {}).get("speed_ups", {}).get("validation", {}).get("flops", {})
+            speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in along.get("of", ())]
+            figures = (
+                spread(column["same_sources"].values()),
+                spread(column.get("gain", {}).values(), "+.3f"),
+                spread(column["other_source"].values()),
+                percents(column.get("speed_up", {}).values()),
+                percents(speed_ups),
+                PAPER.get(name, ""),
+            )
+            rows.append((label, f"`{name}`", str(len(column["same_sources"])), *figures))
+    return table(
+        ("what", "column", "seeds", "held-out loss", "gain over scratch", "loss, other source", "speed-up, annealed",
+         "along the curves", "the paper, along the curves"), rows,
+    )  # fmt: skip
+
+
+def ablation_table(found: Mapping[str, Any]) -> str:
+    """One thing changed at a time; the difference is to the column named, over the seeds that both have."""
+    rows = []
+    for name, (label, other) in ABLATIONS.items():
+        column, against = (found["columns"].get(key) for key in (f"ablations/{name}", other))
+        if column:
+            difference = differences(column["same_sources"], against["same_sources"] if against else {})
+            figures = (
+                spread(column["same_sources"].values()),
+                f"{spread(difference, '+.3f')} against `{other.partition('/')[2]}`" if difference else "",
+                spread(column["other_source"].values()),
+                percents(column.get("speed_up", {}).values()),
+            )
+            rows.append((label, f"`{name}`", str(len(column["same_sources"])), *figures))
+    return table(
+        ("what", "column", "seeds", "held-out loss", "difference", "loss, other source", "speed-up, annealed"), rows
+    )
+
+
+def tuning_table(found: Mapping[str, Any]) -> str:
+    """Validation losses of all settings that were tried, the lowest of each kind in bold."""
+    losses = {run["column"]: run["validation_loss"] for run in found["runs"] if run["group"] == "tuning"}
+    kinds: dict[str, dict[str, float]] = {}
+    for column, loss in losses.items():
+        kind, _, setting = column.partition("_")
+        kinds.setdefault(setting, {})[kind] = loss
+    lowest = {
+        kind: min(each[kind] for each in kinds.values() if kind in each) for kind in ("scratch", "depth", "width")
+    }
+    rows = []
+    for setting in sorted(kinds, key=lambda text: tuple(map(float, text.split("_warmup_")))):
+        rate, warm_up = setting.split("_warmup_")
+        cells = [kinds[setting].get(kind) for kind in lowest]
+        marked = [
+            "" if loss is None else f"**{loss:.3f}**" if loss == best else f"{loss:.3f}"
+            for loss, best in zip(cells, lowest.values(), strict=True)
+        ]
+        rows.append((rate, f"{float(warm_up):.0%}".replace("%", " %"), *marked))
+    return table(("peak", "warm-up", "scratch", "direct, depth", "direct, width"), rows)
+
+
+def differences(losses: Mapping[str, float], others: Mapping[str, float]) -> list[float]:
+    """Of the seeds that both have."""
+    return [loss - others[seed] for seed, loss in losses.items() if seed in others]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def spread(values: Iterable[float], form: str = ".3f") -> str:
+    """Mean and standard deviation over seeds."""
+    found = list(values)
+    if not found:
+        return ""
+    deviation = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):{form}}{deviation}"
+
+
+def percents(values: Iterable[float | str]) -> str:
+    """The mean and the range; each by itself where one is only a bound."""
+    found = list(values)
+    known = [value for value in found if not isinstance(value, str)]
+    each = [value if isinstance(value, str) else f"{value:+.1%}" for value in found]
+    if len(known) == len(found) > 1:
+        text = f"{statistics.fmean(known):+.1%} ({min(known):+.1%} to {max(known):+.1%})"
+    else:
+        text = ", ".join(each)
+    return text.replace("%", " %")
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """All tables that there are runs for."""
+    parts = [nine_way_table(found), ablation_table(found)]
+    if any(run["group"] == "tuning" for run in found["runs"]):
+        parts.append(tuning_table(found))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
