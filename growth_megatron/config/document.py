@@ -61,10 +61,8 @@ class Node:
 
     def child(self, key: str | int) -> Node | None:
         """The node under ``key`` of a mapping or list, else None."""
-        below: dict[str | int, Node] = self.value if isinstance(self.value, dict) else {}
-        if isinstance(self.value, list) and isinstance(key, int):
-            below = dict(enumerate(self.value))
-        return below.get(key)
+        below = dict(enumerate(self.value)) if isinstance(self.value, list) else self.value
+        return below.get(key) if isinstance(below, dict) else None
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it."""
@@ -116,33 +114,24 @@ class _Builder:
         return Node(value, self.place(node), path)
 
     def mapping(self, node: MappingNode, path: str) -> Node:
+        self.yaml.constructor.flatten_mapping(node)  # now what << refers to stands before the rest
+        shared = len(node.merge or ())
+        lower, own = self.pairs(node.value[:shared], path, False), self.pairs(node.value[shared:], path, True)
+        return merge(Node(lower, self.place(node)), Node(own, self.place(node), path))
+
+    def pairs(self, pairs: list[tuple[YamlNode, YamlNode]], path: str, is_own: bool) -> dict[str, Node]:
         content: dict[str, Node] = {}
-        shared: list[Node] = []
-        for key_node, value_node in node.value:
+        for key_node, value_node in pairs:
             key = our_name(path.rpartition(".")[2], str(key_node.value))
             here = f"{path}.{key}" if path else key
             if not isinstance(key_node, ScalarNode):
                 self.fault(key_node, f"{path or 'top level'}: a key must be a plain word; remove the brackets")
-            elif key == "<<" and key_node.style is None:
-                shared += self.shared(value_node, path)
-            elif key in content:
+            elif key in content and is_own:
                 first = content[key].place
                 self.fault(key_node, f"{here}: is given twice, first at {first}; keep one of them")
             else:
                 content[key] = replace(self.build(value_node, here), place=self.place(key_node))
-        content = {key: child for key, child in content.items() if child.value is not None or key not in SECTIONS}
-        result = Node(content, self.place(node), path)
-        for lower in shared:
-            result = merge(lower, result)
-        return result
-
-    def shared(self, node: YamlNode, path: str) -> list[Node]:
-        """Mappings of a ``<<`` key."""
-        built = [self.build(item, path) for item in (node.value if isinstance(node, SequenceNode) else [node])]
-        if all(isinstance(item.value, dict) for item in built):
-            return built
-        self.fault(node, f"{path}.<<: must refer to a mapping (an anchor like *name)")
-        return []
+        return {key: child for key, child in content.items() if child.value is not None or key not in SECTIONS}
 
 
 def our_name(section: str, key: str) -> str:

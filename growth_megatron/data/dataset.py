@@ -253,11 +253,3 @@ def build_validation_dataset(
     if len(found) < samples and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
         logger.warning("evaluation.samples is %d, the validation data hold %d: using these", samples, len(found))
     return found
-
-
-def token_stream_hash(source: SampleSource, start: int, stop: int) -> str:
-    """Hash of the tokens of samples ``start`` to ``stop``, to compare what two runs have seen."""
-    digest = hashlib.sha256()
-    for index in range(start, stop):
-        digest.update(source[index]["tokens"].numpy().tobytes())
-    return digest.hexdigest()

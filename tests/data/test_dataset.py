@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import multiprocessing
 import re
@@ -9,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -22,7 +24,6 @@ from growth_megatron.data.dataset import (
     ValidationSet,
     build_train_dataset,
     build_validation_dataset,
-    token_stream_hash,
 )
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
@@ -30,6 +31,11 @@ from tests.pool import TIMEOUT_S
 
 LENGTH = 32
 Prepare = Callable[[int, int], str]
+
+
+def token_stream_hash(source: Any, start: int, stop: int) -> str:
+    """Of the tokens of samples ``start`` to ``stop``."""
+    return hashlib.sha256(b"".join(source[i]["tokens"].numpy().tobytes() for i in range(start, stop))).hexdigest()
 
 
 class Numbers:
