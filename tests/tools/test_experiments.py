@@ -38,9 +38,11 @@ def tools() -> Any:
 @pytest.fixture(scope="module")
 def listed(tools: Any) -> Any:
     experiments = tools["experiments"]
-    plans = {kind: experiments.Plan(rate, 0.1) for kind, rate in zip(experiments.KINDS, experiments.RATES, strict=True)}
+    plans = {
+        kind: experiments.Plan(rate, 0.1) for kind, rate in zip(experiments.KINDS, experiments.RATES[1:4], strict=True)
+    }
     tuned = experiments.Tuned({"depth": 8e-3, "width": 4e-3}, plans)
-    return [*tools["run"].all_tuning(tuned), *experiments.nine_way(tuned), *experiments.ablations(tuned)]
+    return [*tools["run"].first_tuning(tuned), *experiments.nine_way(tuned), *experiments.ablations(tuned)]
 
 
 def test_each_run_is_listed_after_those_it_begins_from_and_is_the_same_each_time(listed: Any) -> None:

@@ -29,8 +29,8 @@ TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["s
 SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1400, 400, 1600, 70, 120
 TUNING_BUDGET = 0.5
 SEEDS, TUNING_SEED = (1, 2, 3), 7
-RATES = (4e-3, 8e-3, 1.6e-2)
-WARM_UPS = (0.05, 0.2, 0.4)  # of the steps of a run; the middle one while rates are tuned
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+WARM_UPS = (0.02, 0.05, 0.2, 0.4, 0.6)  # of the steps of a run
 BASE_KINDS = ("depth", "width")
 KINDS = ("scratch", *BASE_KINDS)
 
@@ -242,31 +242,27 @@ def tuning_bases() -> Iterator[Experiment]:
             yield base_run(kind, TUNING_SEED, rate)
 
 
-def tuning_rates(base_rates: Mapping[str, float]) -> Iterator[Experiment]:
-    """Each rate for each kind at a part of the budget, with the middle warm-up."""
-    for rate in RATES:
-        yield from _tuning_runs(base_rates, dict.fromkeys(KINDS, Plan(rate, WARM_UPS[1])))
+def tuning_run(kind: str, plan: Plan, base_rates: Mapping[str, float]) -> Experiment:
+    """``plan`` for scratch or the direct operator of ``kind``, at a part of the budget."""
+    column = f"{kind}_{plan.rate:g}_warmup_{plan.warm_up:g}"
+    if kind == "scratch":
+        return scratch_run("tuning", column, TUNING_SEED, plan, TUNING_BUDGET)
+    base = base_run(kind, TUNING_SEED, base_rates[kind])
+    return grown_run("tuning", column, base, OPERATORS[kind]["direct"], plan, budget=TUNING_BUDGET)
 
 
-def tuning_warm_ups(base_rates: Mapping[str, float], rates: Mapping[str, float]) -> Iterator[Experiment]:
-    """Each warm-up for each kind at its best rate."""
-    for warm_up in WARM_UPS:
-        yield from _tuning_runs(base_rates, {kind: Plan(rates[kind], warm_up) for kind in KINDS})
+def neighbours(plan: Plan) -> list[Plan]:
+    """``plan``, then those one rate or one warm-up away from it."""
+    rate, warm_up = RATES.index(plan.rate), WARM_UPS.index(plan.warm_up)
+    rates = [Plan(RATES[i], plan.warm_up) for i in (rate - 1, rate + 1) if 0 <= i < len(RATES)]
+    warm_ups = [Plan(plan.rate, WARM_UPS[i]) for i in (warm_up - 1, warm_up + 1) if 0 <= i < len(WARM_UPS)]
+    return [plan, *rates, *warm_ups]
 
 
-def tuning_column(kind: str, plan: Plan) -> str:
-    """Name of the column in which ``plan`` is tried for a kind of run."""
-    return f"{kind}_{plan.rate:g}_warmup_{plan.warm_up:g}"
-
-
-def _tuning_runs(base_rates: Mapping[str, float], plans: Mapping[str, Plan]) -> Iterator[Experiment]:
-    for kind, plan in plans.items():
-        column = tuning_column(kind, plan)
-        if kind == "scratch":
-            yield scratch_run("tuning", column, TUNING_SEED, plan, TUNING_BUDGET)
-        else:
-            base = base_run(kind, TUNING_SEED, base_rates[kind])
-            yield grown_run("tuning", column, base, OPERATORS[kind]["direct"], plan, budget=TUNING_BUDGET)
+def untuned() -> Tuned:
+    """Middle values: where tuning begins."""
+    plan = Plan(RATES[2], WARM_UPS[2])
+    return Tuned(dict.fromkeys(BASE_KINDS, RATES[2]), dict.fromkeys(KINDS, plan))
 
 
 def nine_way(tuned: Tuned) -> Iterator[Experiment]:

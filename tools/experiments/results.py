@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments import TARGET, Experiment, model_of  # type: ignore[import-not-found]
 from tables import markdown  # type: ignore[import-not-found]
@@ -23,6 +23,7 @@ from growth_megatron.report.compare import Curve, Run, compare, cost_of, read_ru
 from growth_megatron.report.plots import plot_comparison
 
 Record = dict[str, Any]
+Setting = TypeVar("Setting", bound=Hashable)
 SHORT, LONG = "scratch_0.6x", "scratch_1.4x"
 
 
@@ -64,7 +65,7 @@ def record(output: Path, run: Experiment) -> None:
     write_text(_record(output, run.name), json.dumps(entry, indent=1) + "\n")
 
 
-def lowest(output: Path, runs: Mapping[float, Experiment]) -> float:
+def lowest(output: Path, runs: Mapping[Setting, Experiment]) -> Setting:
     """The setting whose run has the lowest validation loss."""
     return min(runs, key=lambda setting: float(_read(output, runs[setting].name)["validation_loss"]))
 

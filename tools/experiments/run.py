@@ -16,14 +16,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import experiments  # type: ignore[import-not-found]
 import results  # type: ignore[import-not-found]
 import yaml
-from experiments import BASE_KINDS, COMMON, KINDS, RATES, TUNING_SEED, WARM_UPS, Experiment, Plan, Tuned
+from experiments import COMMON, RATES, TUNING_SEED, Experiment, Plan, Tuned
 
 from growth_megatron.errors import ConfigError, GrowthMegatronError
 from growth_megatron.parallel.file_lock import locked
@@ -175,44 +175,39 @@ def of_phase(phase: str, tuned: Tuned) -> list[Experiment]:
 
 
 def tune(crew: Crew) -> Tuned | None:
-    """Rates of the bases, then rates of scratch, depth and width, then their warm-ups; None if a run failed."""
+    """Rates of the bases, then rate and warm-up of scratch, depth and width; None if a run failed.
+
+    The latter step by step on their grid, until no neighbour is better.
+    """
     if not crew.work(list(experiments.tuning_bases())):
         return None
+    tuned: Tuned = experiments.untuned()
     bases = {}
-    for kind in BASE_KINDS:
-        tried = {rate: experiments.base_run(kind, TUNING_SEED, rate) for rate in RATES}
-        bases[kind] = results.lowest(crew.output, tried)
-    if not crew.work(runs := list(experiments.tuning_rates(bases))):
-        return None
-    rates = {kind: _best(crew.output, runs, kind, {rate: Plan(rate, WARM_UPS[1]) for rate in RATES}) for kind in KINDS}
-    if not crew.work(runs := list(experiments.tuning_warm_ups(bases, rates))):
-        return None
-    plans = {}
-    for kind, rate in rates.items():
-        tried_plans = {warm_up: Plan(rate, warm_up) for warm_up in WARM_UPS}
-        plans[kind] = tried_plans[_best(crew.output, runs, kind, tried_plans)]
-    return Tuned(bases, plans)
+    for kind in tuned.bases:
+        bases[kind] = results.lowest(
+            crew.output, {rate: experiments.base_run(kind, TUNING_SEED, rate) for rate in RATES}
+        )
+    at, before = tuned.plans, None
+    while at != before:
+        tried = neighbouring(at, bases)
+        if not crew.work([run for runs in tried.values() for run in runs.values()]):
+            return None
+        at, before = {kind: results.lowest(crew.output, runs) for kind, runs in tried.items()}, at
+    return Tuned(bases, at)
 
 
-def _best(output: Path, runs: Iterable[Experiment], kind: str, plans: Mapping[float, Plan]) -> float:
-    by_column = {run.column: run for run in runs}
-    tried = {setting: by_column[experiments.tuning_column(kind, plan)] for setting, plan in plans.items()}
-    best: float = results.lowest(output, tried)
-    return best
+def neighbouring(at: Mapping[str, Plan], bases: Mapping[str, float]) -> dict[str, dict[Plan, Experiment]]:
+    """Of each kind the runs of its plan and of that plan's neighbours."""
+    return {
+        kind: {near: experiments.tuning_run(kind, near, bases) for near in experiments.neighbours(plan)}
+        for kind, plan in at.items()
+    }
 
 
-def assumed() -> Tuned:
-    """Middle values, for a list before anything was tuned."""
-    plan = Plan(RATES[1], WARM_UPS[1])
-    return Tuned(dict.fromkeys(BASE_KINDS, RATES[1]), dict.fromkeys(KINDS, plan))
-
-
-def all_tuning(tuned: Tuned) -> list[Experiment]:
-    """Every run of tuning, as if ``tuned`` were what the earlier ones had chosen."""
-    rates = {kind: plan.rate for kind, plan in tuned.plans.items()}
-    runs = [*experiments.tuning_bases(), *experiments.tuning_rates(tuned.bases)]
-    runs += experiments.tuning_warm_ups(tuned.bases, rates)
-    return list({run.name: run for run in runs}.values())
+def first_tuning(tuned: Tuned) -> list[Experiment]:
+    """The runs of tuning that are known before any has ended, with ``tuned``'s rates of bases."""
+    near = neighbouring(experiments.untuned().plans, tuned.bases)
+    return [*experiments.tuning_bases(), *(run for runs in near.values() for run in runs.values())]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.workers < 1:
         parser.error(f"--workers {options.workers} trains nothing; give 1 or more")
     if options.dry_run:
-        for run in [*all_tuning(assumed()), *of_phase(options.phase, assumed())]:
+        for run in [*first_tuning(experiments.untuned()), *of_phase(options.phase, experiments.untuned())]:
             state = "finished" if results.is_finished(output, run) else "to do"
             print(
                 f"{run.name:44} {state:9} {results.steps_of(run):5.0f} steps' worth, from {', '.join(run.needs) or '-'}"
