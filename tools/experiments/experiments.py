@@ -26,7 +26,7 @@ COMMON = Path(__file__).resolve().with_name("common.yaml")
 _COMMON = yaml.safe_load(COMMON.read_text(encoding="utf-8"))
 TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["sequence_length"]
 
-SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1400, 400, 1600, 70, 120
+SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1200, 300, 1200, 60, 100
 TUNING_BUDGET = 0.5
 SEEDS, TUNING_SEED = (1, 2, 3), 7
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -34,7 +34,7 @@ WARM_UPS = (0.02, 0.05, 0.2, 0.4, 0.6)  # of the steps of a run
 BASE_KINDS = ("depth", "width")
 KINDS = ("scratch", *BASE_KINDS)
 
-Model = Mapping[str, int]
+Model = Mapping[str, float]
 Content = dict[str, Any]
 
 BASES: Mapping[str, Model] = {
@@ -42,7 +42,13 @@ BASES: Mapping[str, Model] = {
     "depth_g2": {"num_layers": 6},
     "depth_g3": {"num_layers": 4},
     "depth_g6": {"num_layers": 2},
-    "width": {"hidden_size": 36, "num_attention_heads": 2, "num_query_groups": 2, "ffn_hidden_size": 96},
+    "width": {
+        "hidden_size": 36,
+        "num_attention_heads": 2,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 96,
+        "init_std": 0.105,
+    },
 }
 TARGET: Model = {
     "num_layers": 12,
@@ -326,13 +332,12 @@ def _of_optimizer(tuned: Tuned, seed: int) -> Iterator[Experiment]:
 
 
 def _of_late_growth(tuned: Tuned, seed: int) -> Iterator[Experiment]:
-    """Warm-up, constant, then down over a fifth of the steps: from scratch, grown early, grown late."""
+    """Warm-up, constant, then down over a fifth of the steps: from scratch, grown late."""
     options = (("decay_steps", SCRATCH_STEPS // 5),)
     wsd = {kind: replace(plan, kind="wsd", options=options) for kind, plan in tuned.plans.items()}
     base = nine_way_bases(tuned, seed)["depth"]
     yield scratch_run("ablations", "wsd_scratch", seed, wsd["scratch"])
-    for name, at in (("early", BASE_STEPS), ("late", LATE_STEPS)):
-        yield grown_run("ablations", f"wsd_{name}", base, {"operator": "stack"}, wsd["depth"], at=at)
+    yield grown_run("ablations", "wsd_late", base, {"operator": "stack"}, wsd["depth"], at=LATE_STEPS)
 
 
 def _of_layers(tuned: Tuned, seed: int) -> Iterator[Experiment]:

@@ -19,7 +19,7 @@ from growth_megatron.evaluate.opened import open_model
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.parallel import process_groups
 
-SAMPLES = 512
+SAMPLES = 384
 OTHER = DatasetConfig(path="data/git_validation")
 
 
