@@ -98,23 +98,24 @@ def ablation_table(found: Mapping[str, Any]) -> str:
     )
 
 
-def tuning_table(found: Mapping[str, Any]) -> str:
+def tuning_table(runs: Iterable[Record]) -> str:
     """Validation losses of all settings that were tried, the lowest of each kind in bold."""
-    losses = {run["column"]: run["validation_loss"] for run in found["runs"] if run["group"] == "tuning"}
-    kinds: dict[str, dict[str, float]] = {}
+    losses = {run["column"]: run["validation_loss"] for run in runs if run["group"] == "tuning"}
+    settings: dict[str, dict[str, float]] = {}
     for column, loss in losses.items():
         kind, _, setting = column.partition("_")
-        kinds.setdefault(setting, {})[kind] = loss
+        settings.setdefault(setting, {})[kind] = loss
     lowest = {
-        kind: min(each[kind] for each in kinds.values() if kind in each) for kind in ("scratch", "depth", "width")
+        kind: min((each[kind] for each in settings.values() if kind in each), default=None)
+        for kind in ("scratch", "depth", "width")
     }
     rows = []
-    for setting in sorted(kinds, key=lambda text: tuple(map(float, text.split("_warmup_")))):
+    for setting in sorted(settings, key=lambda text: tuple(map(float, text.split("_warmup_")))):
         rate, warm_up = setting.split("_warmup_")
-        cells = [kinds[setting].get(kind) for kind in lowest]
+        found = [settings[setting].get(kind) for kind in lowest]
         marked = [
             "" if loss is None else f"**{loss:.3f}**" if loss == best else f"{loss:.3f}"
-            for loss, best in zip(cells, lowest.values(), strict=True)
+            for loss, best in zip(found, lowest.values(), strict=True)
         ]
         rows.append((rate, f"{float(warm_up):.0%}".replace("%", " %"), *marked))
     return table(("peak", "warm-up", "scratch", "direct, depth", "direct, width"), rows)
@@ -154,10 +155,7 @@ def percents(values: Iterable[float | str]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """All tables that there are runs for."""
-    parts = [nine_way_table(found), ablation_table(found)]
-    if any(run["group"] == "tuning" for run in found["runs"]):
-        parts.append(tuning_table(found))
-    return "\n".join(parts)
+    return "\n".join((nine_way_table(found), ablation_table(found), tuning_table(found["runs"])))
 
 
 if __name__ == "__main__":
