@@ -294,9 +294,17 @@ def nine_way_bases(tuned: Tuned, seed: int) -> dict[str, Experiment]:
 
 def ablations(tuned: Tuned) -> Iterator[Experiment]:
     """One thing changed at a time, with all seeds; what matters most comes first."""
-    for part in (_of_factor, _of_timing, _of_optimizer, _of_late_growth, _of_layers):
+    for part in (_of_warm_up, _of_factor, _of_timing, _of_optimizer, _of_late_growth, _of_layers):
         for seed in SEEDS:
             yield from part(tuned, seed)
+
+
+def _of_warm_up(tuned: Tuned, seed: int) -> Iterator[Experiment]:
+    """Scratch at the whole budget with other warm-ups, since its best one at half of it need not be the best here."""
+    plan = tuned.plans["scratch"]
+    for warm_up in WARM_UPS[2:]:
+        if warm_up != plan.warm_up:
+            yield scratch_run("ablations", f"scratch_warmup_{warm_up:g}", seed, replace(plan, warm_up=warm_up))
 
 
 def _of_factor(tuned: Tuned, seed: int) -> Iterator[Experiment]:

@@ -34,6 +34,9 @@ PAPER = {"scratch": "0", "depth_direct": "+49.1 %", "depth_learn": "+48.6 %", "d
          "width_random": "-13.8 %"}  # fmt: skip
 """Speed-ups at equal training loss (arXiv 2405.15319)."""
 ABLATIONS = {
+    "scratch_warmup_0.2": ("scratch, warm-up of 20 %", "nine_way/scratch"),
+    "scratch_warmup_0.4": ("scratch, warm-up of 40 %", "nine_way/scratch"),
+    "scratch_warmup_0.6": ("scratch, warm-up of 60 %", "nine_way/scratch"),
     "g_2": ("g = 2: 6 layers, twice", "nine_way/depth_direct"),
     "g_3": ("g = 3: 4 layers, three times", "nine_way/depth_direct"),
     "g_6": ("g = 6: 2 layers, six times", "nine_way/depth_direct"),
