@@ -3,7 +3,8 @@
     python launch/from_scratch.py CONFIG.yaml [a.b=c ...]
 
 Writes RUN_scratch.yaml beside the growing run's directory RUN and prints its path; its run goes to RUN_scratch.
-Rate and schedule are the last stage's, over all steps. Does not own: training (``launch/torchrun.sh``).
+Rate and schedule are the last stage's, over all steps, but for a longer warm-up: a model that nothing has trained yet
+wants one (docs/results.md). Does not own: training (``launch/torchrun.sh``).
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.train.plan import total_flops
 
+WARM_UP = 0.4
+"""Of the steps, at least."""
+
 
 def from_scratch(config: RunConfig) -> RunConfig:
     """One stage, of the last one's model; its FLOPs are ``config``'s, to half a step."""
     last = config.stages[-1]
     steps = round(total_flops(config) / (flops_per_token(last.model) * last.tokens_per_step))
     training = last.training.model_copy(update={"steps": steps, "tokens": None})
-    stage = last.model_copy(update={"name": "scratch", "growth": None, "training": training})
+    warm_up = max(last.schedule.warmup_steps, round(WARM_UP * steps))
+    schedule = last.schedule.model_copy(update={"warmup_steps": warm_up})
+    update = {"name": "scratch", "growth": None, "training": training, "schedule": schedule}
+    stage = last.model_copy(update=update)
     run = config.run.model_copy(update={"directory": f"{config.run.directory.rstrip('/')}_scratch"})
     return config.model_copy(update={"run": run, "stages": (stage,)})
 

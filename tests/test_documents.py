@@ -112,6 +112,12 @@ def test_the_examples_are_those_of_the_page() -> None:
 def test_the_reference_and_the_drawings_are_what_the_code_gives() -> None:
     for name, content in reference().items():
         assert (ROOT / "docs" / name).read_text() == content, f"docs/{name}: run python tools/write_reference.py"
+
+
+def test_every_option_is_described() -> None:
+    rows = [line for line in (ROOT / "docs" / "options.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    assert [row for row in rows if row.endswith("|  |")] == []
     folder = ROOT / "docs" / "drawings"
     assert {path.name: path.read_text() for path in folder.iterdir()} == drawings(), (
         "run python tools/draw_operators.py"

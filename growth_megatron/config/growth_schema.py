@@ -44,7 +44,7 @@ class MaskRamps(Section):
 class LearnConfig(Section):
     """The phase in which the maps of a learned growth are trained, on the data that come next."""
 
-    steps: PositiveInt = 100
+    steps: PositiveInt = Field(100, description="of the phase; their tokens and FLOPs count")
     schedule: ScheduleConfig = ScheduleConfig(learning_rate=1e-3, warmup_steps=10)
     global_batch_size: PositiveInt | None = Field(None, description="sequences per step; default: the stage's")
     save_interval_steps: PositiveInt = Field(10, description="what a killed phase loses at most")

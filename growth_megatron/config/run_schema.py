@@ -26,9 +26,9 @@ class CheckpointConfig(Section):
     """When to save, what to keep, where to resume from."""
 
     interval_steps: PositiveInt | None = Field(None, description="default: only at the end of each stage")
-    keep_last: PositiveInt = 2
+    keep_last: PositiveInt = Field(2, description="newest checkpoints that stay; older ones are removed")
     keep_every_steps: PositiveInt | None = Field(None, description="checkpoints at these steps are permanent")
-    async_save: bool = False
+    async_save: bool = Field(False, description="training goes on while a process of its own writes")
     resume: str = Field("auto", min_length=1, description="auto | must | never | path or URL of a checkpoint")
     store: str | None = Field(
         None, min_length=1, description="URL, as s3://bucket/run: checkpoints are copied there, and fetched from there"
@@ -70,18 +70,18 @@ class EvaluationConfig(Section):
 class WandbConfig(Section):
     """Where wandb files the run."""
 
-    project: str = "growth-megatron"
+    project: str = Field("growth-megatron", description="of wandb")
     entity: str | None = Field(None, description="team or user; default: the account's")
     name: str | None = Field(None, description="default: the run directory's")
-    group: str | None = None
-    tags: tuple[str, ...] = ()
+    group: str | None = Field(None, description="runs that wandb shows together")
+    tags: tuple[str, ...] = Field((), description="words by which wandb filters")
 
 
 class LoggingConfig(Section):
     """What is reported; metrics.jsonl is always written."""
 
-    interval_steps: PositiveInt = 10
-    tensorboard: bool = False
+    interval_steps: PositiveInt = Field(10, description="steps between two lines on the console and in metrics.jsonl")
+    tensorboard: bool = Field(False, description="also writes RUN/tensorboard")
     wandb: WandbConfig | None = Field(None, description="offline when no API key is set")
     peak_tflops_per_s: PositiveFloat | None = Field(
         None, description="dense peak of one device, for MFU; default: by name"
@@ -101,8 +101,8 @@ class LoggingConfig(Section):
 class RunSection(Section):
     """Where the run lives and what seeds it."""
 
-    directory: str = Field(min_length=1)
-    seed: NonNegativeInt = Field(1234, lt=2**63)
+    directory: str = Field(min_length=1, description="of the run: checkpoints, metrics, logs")
+    seed: NonNegativeInt = Field(1234, lt=2**63, description="of initial values and of the order of data")
     timeout_s: PositiveFloat | None = Field(
         None,
         description="seconds without any progress after which the run ends itself; default: 20 of its longest steps, "

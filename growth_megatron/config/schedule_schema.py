@@ -16,10 +16,12 @@ from growth_megatron.config.section import NonNegativeFloat, NonNegativeInt, Pos
 class ScheduleConfig(Section):
     """Learning rate as a pure function of the step within its scope."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear to the minimum"
+    )
     learning_rate: PositiveFloat = Field(le=1e6, description="peak")
-    min_learning_rate: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
+    min_learning_rate: NonNegativeFloat = Field(0.0, description="at the end")
+    warmup_steps: NonNegativeInt = Field(0, description="linear, from 0 to the peak")
     decay_steps: PositiveInt | None = Field(
         None,
         description="cosine: step at which the minimum is reached; wsd: length of the final decay; default: "

@@ -42,10 +42,10 @@ MAX_LAYERS, MAX_WIDTH, MAX_ENTRIES = 1 << 14, 1 << 20, 1 << 31
 class RopeScaling(Section):
     """LLaMA 3's scaling of the rotary frequencies for long contexts (arXiv 2407.21783; transformers' ``llama3``)."""
 
-    type: Literal["llama3"]
+    type: Literal["llama3"] = Field(description="the one that there is")
     factor: PositiveFloat = Field(8.0, description="by which the lowest frequencies are divided")
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
+    low_freq_factor: PositiveFloat = Field(1.0, description="longer waves than context / this are divided in full")
+    high_freq_factor: PositiveFloat = Field(4.0, description="shorter waves than context / this stay as they are")
     original_max_position_embeddings: PositiveInt = Field(8192, description="context before the scaling, in tokens")
 
     @model_validator(mode="after")
@@ -60,13 +60,13 @@ class ModelConfig(Section):
     """Geometry of a LLaMA (pre-norm, RMSNorm, RoPE, SwiGLU), with what its relatives Qwen2 and Qwen3 have besides."""
 
     num_layers: NonNegativeInt = Field(le=MAX_LAYERS, description="0: embedding, norm and output alone, to be grown")
-    hidden_size: PositiveInt = Field(le=MAX_WIDTH)
-    num_attention_heads: PositiveInt = Field(le=MAX_WIDTH)
+    hidden_size: PositiveInt = Field(le=MAX_WIDTH, description="channels of the residual stream")
+    num_attention_heads: PositiveInt = Field(le=MAX_WIDTH, description="query heads")
     num_query_groups: PositiveInt = Field(0, description="key/value heads; default: num_attention_heads")
     head_dim: PositiveInt = Field(
         0, le=MAX_WIDTH, description="channels of a head; default: hidden_size / num_attention_heads"
     )
-    ffn_hidden_size: PositiveInt = Field(le=MAX_WIDTH)
+    ffn_hidden_size: PositiveInt = Field(le=MAX_WIDTH, description="units of the SwiGLU, gate and up each")
     vocab_size: PositiveInt = Field(le=MAX_ENTRIES, description="entries of the tokenizer")
     vocab_multiple: PositiveInt = Field(
         128, le=MAX_ENTRIES, description="the vocabulary is padded to a multiple of this, at every layout"
@@ -75,13 +75,16 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt = Field(
         0, description="context that the model is meant for, as exports say; default: sequence_length"
     )
-    rope_base: PositiveFloat = 10000.0
+    rope_base: PositiveFloat = Field(10000.0, description="of the rotary frequencies (theta)")
     rope_scaling: RopeScaling | None = None
-    norm_epsilon: PositiveFloat = 1e-5
-    tie_embeddings: bool = False
+    norm_epsilon: PositiveFloat = Field(1e-5, description="of every RMSNorm")
+    tie_embeddings: bool = Field(False, description="one matrix for embedding and output")
     attention_bias: bool = Field(False, description="biases of q, k and v, as in Qwen2")
     qk_norm: bool = Field(False, description="an RMSNorm over each head of q and k, as in Qwen3")
-    init_std: PositiveFloat = 0.02
+    init_std: PositiveFloat = Field(
+        0.02,
+        description="deviation of initial weights; for small models sqrt(2 / 5 / hidden_size) is the better choice",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -126,12 +129,12 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """Parallel layout; the data-parallel size is what remains of the world size."""
 
-    tensor_parallel_size: PositiveInt = 1
-    sequence_parallel: bool = False
-    pipeline_parallel_size: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = Field(1, description="ranks that share each layer")
+    sequence_parallel: bool = Field(False, description="tensor-parallel ranks split activations between layers too")
+    pipeline_parallel_size: PositiveInt = Field(1, description="ranks that share the layers out among them")
     virtual_pipeline_parallel_size: PositiveInt | None = Field(None, description="model chunks per pipeline rank")
     data_parallel_size: PositiveInt | None = Field(None, description="default: world size / (tensor * pipeline)")
-    overlap_grad_reduce: bool = True
+    overlap_grad_reduce: bool = Field(True, description="reduce gradients during the backward pass")
     overlap_param_gather: bool = Field(False, description="gather parameters during the next forward pass")
 
     @model_validator(mode="after")
@@ -197,7 +200,7 @@ class DataConfig(Section):
 class NewParametersConfig(Section):
     """How parameters that the stage's growth has added are trained; others go by the sections as they stand."""
 
-    learning_rate_multiplier: PositiveFloat = 1.0
+    learning_rate_multiplier: PositiveFloat = Field(1.0, description="on the schedule's rate")
     warmup_steps: NonNegativeInt = Field(0, description="a warm-up of their own, of the stage's first steps")
     weight_decay: NonNegativeFloat | None = Field(None, description="default: optimizer.weight_decay")
 
@@ -205,9 +208,9 @@ class NewParametersConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, sharded over data-parallel ranks (Megatron's DistributedOptimizer, always)."""
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    epsilon: PositiveFloat = 1e-8
+    beta1: Fraction = Field(0.9, description="of the mean of gradients")
+    beta2: Fraction = Field(0.95, description="of the mean of their squares")
+    epsilon: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled; none on gains of norms")
     clip_grad: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
     new_parameters: NewParametersConfig = NewParametersConfig()
@@ -237,8 +240,8 @@ class TrainingConfig(Section):
     steps: NonNegativeInt | None = Field(None, description="optimizer steps of the stage; 0 only of a first one")
     tokens: PositiveInt | None = Field(None, description="tokens of the stage, rounded up to whole steps")
     global_batch_size: PositiveInt = Field(description="sequences per step, over all data-parallel ranks")
-    micro_batch_size: PositiveInt = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    micro_batch_size: PositiveInt = Field(1, description="sequences per rank and forward pass")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: weights too; masters and moments are fp32")
     deterministic: bool = Field(
         False, description="losses the same to the last bit on a GPU too, which costs speed; a CPU always gives them"
     )

@@ -53,8 +53,10 @@ def test_the_scratch_run_has_the_last_model_and_data_and_as_many_flops(tmp_path:
     growing, scratch = _scratch_of(tmp_path, "stages.grown.model.num_layers=6", "stages.grown.training.steps=50")
     step = plan_run(scratch).flops / plan_run(scratch).steps
     assert abs(plan_run(scratch).flops - plan_run(growing).flops) <= step / 2
-    for section in ("model", "data", "schedule", "optimizer"):
+    for section in ("model", "data", "optimizer"):
         assert getattr(scratch.stages[0], section) == getattr(growing.stages[-1], section)
+    warm_up = round(0.4 * scratch.stages[0].num_steps)
+    assert scratch.stages[0].schedule == growing.stages[-1].schedule.model_copy(update={"warmup_steps": warm_up})
     assert (scratch.run.seed, scratch.evaluation) == (growing.run.seed, growing.evaluation)
     assert scratch.run.directory == f"{growing.run.directory}_scratch"
 
