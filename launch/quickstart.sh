@@ -98,7 +98,7 @@ if [ -n "$with_scratch" ]; then
     echo "bash launch/torchrun.sh -n $processes $scratch"
     bash launch/torchrun.sh -n "$processes" "$scratch"
 
-    step "what did growth save? (one seed, and learning rates that nobody tuned: docs/results.md has more)"
+    step "what did growth save? (one seed, and so few steps that any small start is ahead: docs/results.md has real figures)"
     growth-megatron compare "grown=$run" --baseline "${run%/}_scratch" --output "${run%/}_comparison"
 fi
 
