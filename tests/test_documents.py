@@ -21,7 +21,7 @@ from tools.write_reference import reference
 
 SHELL = "bash"
 NOT_RUN = {
-    "DIR/runs/": "runs of the experiments, which take hours",
+    "configs/nine_way_": "one of the experiments, in their folder",
     "tools/experiments/run.py all": "it trains for two hours; tests/tools/test_experiments.py runs its driver",
     "bash launch/quickstart.sh": "downloads and minutes; the folder of these tests has what it leaves, in small",
     "bash tests/run.sh": "is what runs these tests",

@@ -90,6 +90,13 @@ def test_a_speed_up_is_read_off_the_annealed_ends_of_scratch_and_never_extrapola
     assert speed_up(4.6) == "> +50.0%"
 
 
+def test_the_page_of_results_has_the_tables_that_follow_from_its_figures(tools: Any) -> None:
+    found = json.loads((ROOT / "docs" / "results.json").read_text())
+    page, tables = (ROOT / "docs" / "results.md").read_text(), tools["tables"]
+    for table in (tables.nine_way_table(found), tables.ablation_table(found), tables.tuning_table(found["runs"])):
+        assert table in page
+
+
 def test_the_released_mapping_copies_by_one_draw_and_shares_what_reads_the_copies(tools: Any) -> None:
     numbers = torch.arange(1.0, 1000.0)
     square, fused = numbers[:16].view(4, 4), [numbers[k : k + 16].view(4, 4) for k in (0, 100, 200)]
