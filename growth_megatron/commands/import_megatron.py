@@ -123,5 +123,8 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
         if not equals or key not in SETTINGS:
             hint = did_you_mean(key, SETTINGS) or ";"
             raise ConfigError(f"--set {text}: write key=value{hint} keys: {', '.join(SETTINGS)}")
-        settings[key] = parse(value, "--set", numbered=False, path=key).plain()
+        number = parse(value, "--set", numbered=False, path=key).plain()
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ConfigError(f"--set {key}: {value!r} is not a number")
+        settings[key] = number
     return settings

@@ -179,6 +179,9 @@ def test_what_the_checkpoint_does_not_say_is_asked_for(
     assert "has no args in common.pt; add --set num_attention_heads=... rope_base=... norm_epsilon=..." in said
     assert main([*command, "--set", "num_heads=4"]) == EXIT_USAGE
     assert "keys: num_attention_heads" in capsys.readouterr().err
+    for setting in ("num_attention_heads=twelve", "norm_epsilon=true", "rotary_base=[1]"):
+        assert main([*command, "--set", setting]) == EXIT_USAGE
+        assert "is not a number" in capsys.readouterr().err
     assert main([*command, "--set", *SETTINGS, f"vocab_size={VOCABULARY}"]) == EXIT_OK
     manifest = read_manifest(tmp_path / "c")
     assert (manifest.geometry, manifest.step) == (GEOMETRY, STEPS)

@@ -77,6 +77,21 @@ def test_every_column_spends_the_flops_of_scratch_its_base_and_learned_maps_coun
         assert spent == pytest.approx(whole, rel=0.01), run.name  # the work on learned maps is 0.6 %
 
 
+def test_every_compared_column_has_its_row_in_a_table(tools: Any, listed: Any) -> None:
+    rows = {"nine_way": tools["tables"].NINE_WAY, "ablations": tools["tables"].ABLATIONS}
+    assert [run.name for run in listed if run.is_compared and run.column not in rows[run.group]] == []
+
+
+def test_a_finished_run_whose_settings_are_others_now_is_not_taken_for_done(tools: Any, tmp_path: Path) -> None:
+    base = tools["experiments"].base_run("depth", 1, 8e-3, 4)
+    tools["run"].write_config(base, tmp_path)
+    tools["results"].write_text(tmp_path / "finished" / f"{base.name}.json", "{}")
+    crew = tools["run"].Crew(tmp_path, 1)
+    assert crew.work([base])
+    with pytest.raises(SystemExit, match="differs from what this program would run now"):
+        crew.work([tools["experiments"].base_run("depth", 1, 4e-3, 4)])
+
+
 def test_a_speed_up_is_read_off_the_annealed_ends_of_scratch_and_never_extrapolated(tools: Any) -> None:
     scratch = [{"same_sources": loss, "flops": flops} for loss, flops in ((5.0, 60.0), (4.8, 100.0), (4.7, 150.0))]
 

@@ -88,7 +88,7 @@ class Crew:
     def work(self, runs: Sequence[Experiment]) -> bool:
         """Until all ``runs`` are finished; False if one failed or a signal came."""
         waiting = [run for run in runs if not results.is_finished(self.output, run)]
-        for run in waiting:  # before any is started: it may end the program
+        for run in runs:  # finished ones too, before any is started: it may end the program
             write_config(run, self.output)
         failed, began = set[str](), time.monotonic()
         left = total = sum(results.steps_of(run) for run in waiting)
