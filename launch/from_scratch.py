@@ -19,7 +19,7 @@ from growth_megatron.growth.configuration import load_config
 from growth_megatron.model.cost import flops_per_token
 from growth_megatron.train.plan import total_flops
 
-WARM_UP = 0.4
+WARM_UP = 0.2
 """Of the steps, at least."""
 
 

@@ -98,8 +98,8 @@ if [ -n "$with_scratch" ]; then
     echo "bash launch/torchrun.sh -n $processes $scratch"
     bash launch/torchrun.sh -n "$processes" "$scratch"
 
-    step "what did growth save? (one seed, and so few steps that any small start is ahead: docs/results.md has real figures)"
-    growth-megatron compare "grown=$run" --baseline "${run%/}_scratch" --output "${run%/}_comparison"
+    step "what did growth save? (one seed, one size: docs/results.md has more)"
+    growth-megatron compare "grown=$run" --baseline "scratch=${run%/}_scratch" --output "${run%/}_comparison"
 fi
 
 step "what it writes by now (of a corpus this small, with so few steps: words, not sense)"

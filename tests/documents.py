@@ -36,9 +36,11 @@ SMALL = {
         "sequence_length": 32,
     },
     "training": {"global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
-    "evaluation": {"interval_steps": 30, "samples": 8},
+    "evaluation": {"interval_steps": 50, "samples": 8},
 }
-"""What is other than in configs/quickstart.yaml; its stages and their steps stay, since pages name them."""
+"""What is other than in configs/quickstart.yaml; its stages stay, and the base's steps, since pages name them."""
+
+GROWN_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def prepare_checkout(folder: Path, prepared_corpus: Path) -> None:
     content = yaml.safe_load(config.read_text())
     for section, values in SMALL.items():
         content[section].update(values) if section == "model" else content.update({section: values})
+    content["stages"][1]["training"]["steps"] = GROWN_STEPS
     config.write_text(yaml.safe_dump(content, sort_keys=False))
     data = folder / "data" / "quickstart"
     data.mkdir(parents=True)

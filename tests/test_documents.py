@@ -139,5 +139,5 @@ def test_the_site_builds_and_no_link_leads_nowhere(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     front = (tmp_path / "site" / "index.html").read_text()
     assert "comparison.png" in front
-    assert (tmp_path / "site" / "launch" / "quickstart_loss.png").is_file()
+    assert (tmp_path / "site" / "quickstart_loss.png").is_file()
     assert "http" not in "".join(re.findall(r'<(?:script|link)[^>]+(?:src|href)="(?!\.)([^"]+)"', front))

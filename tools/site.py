@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md"}
 PAGES |= {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "tools/experiments/README.md")}
-OTHERS = ("launch/quickstart_loss.png", "CITATION.cff")
+OTHERS = ("CITATION.cff",)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

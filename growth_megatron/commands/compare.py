@@ -17,25 +17,29 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers,
         "compare",
-        "growth-megatron compare runs/grown --baseline runs/scratch",
+        "growth-megatron compare runs/grown --baseline scratch=runs/scratch",
         "growth-megatron compare stack=runs/stack_1,runs/stack_2 width=runs/width_1,runs/width_2 "
         "--baseline runs/scratch_1,runs/scratch_2 --output runs/comparison",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="[NAME=]RUN[,RUN]", help="run directories of one thing with several seeds by commas"
     )
-    parser.add_argument("--baseline", required=True, metavar="RUN[,RUN]", help="that are compared with; seeds alike")
+    parser.add_argument(
+        "--baseline", required=True, metavar="[NAME=]RUN[,RUN]", help="that are compared with; seeds alike"
+    )
     parser.add_argument("--output", metavar="DIR", help="also writes DIR/comparison.json and comparison.png")
 
 
 def run(options: argparse.Namespace) -> int:
     groups: dict[str, list[Run]] = {}
+    name_of_baseline, baseline = _group(options.baseline, "baseline")
     for text in options.runs:
         name, runs = _group(text)
-        if name in groups or name == "baseline":
+        if name in groups:
             raise ConfigError(f"{name} names two groups; write NAME=RUN for one of them")
         groups[name] = runs
-    _, baseline = _group(options.baseline)
+    if name_of_baseline in groups:
+        raise ConfigError(f"{name_of_baseline} names a group and the baseline; write NAME=RUN for one of them")
     figures = compare(groups, baseline)
     print(render_comparison(figures))
     if options.output:
@@ -43,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         kind = "validation" if all("validation" in run.curves for run in baseline) else "train"
-        plot_comparison(_shown({"baseline": baseline, **groups}, kind), LOSSES[kind], folder / "comparison.png")
+        plot_comparison(_shown({name_of_baseline: baseline, **groups}, kind), LOSSES[kind], folder / "comparison.png")
         print(f"figures: {folder / 'comparison.json'}\nplot: {folder / 'comparison.png'}")
     return EXIT_OK
 
@@ -57,9 +61,9 @@ def _shown(groups: Mapping[str, Sequence[Run]], kind: str) -> dict[str, list[Map
     return shown
 
 
-def _group(text: str) -> tuple[str, list[Run]]:
+def _group(text: str, default: str = "") -> tuple[str, list[Run]]:
     name, equals, paths = text.rpartition("=")
     runs = [read_run(path) for path in paths.split(",") if path]
     if not runs:
         raise ConfigError(f"{text!r} names no run directory")
-    return (name if equals else runs[0].directory.resolve().name), runs
+    return (name if equals else default or runs[0].directory.resolve().name), runs

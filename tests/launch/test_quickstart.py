@@ -55,7 +55,7 @@ def test_the_scratch_run_has_the_last_model_and_data_and_as_many_flops(tmp_path:
     assert abs(plan_run(scratch).flops - plan_run(growing).flops) <= step / 2
     for section in ("model", "data", "optimizer"):
         assert getattr(scratch.stages[0], section) == getattr(growing.stages[-1], section)
-    warm_up = round(0.4 * scratch.stages[0].num_steps)
+    warm_up = round(0.2 * scratch.stages[0].num_steps)
     assert scratch.stages[0].schedule == growing.stages[-1].schedule.model_copy(update={"warmup_steps": warm_up})
     assert (scratch.run.seed, scratch.evaluation) == (growing.run.seed, growing.evaluation)
     assert scratch.run.directory == f"{growing.run.directory}_scratch"

@@ -99,6 +99,14 @@ def test_the_command_prints_and_writes_figures_and_a_picture(tmp_path: Path) -> 
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 
 
+def test_a_group_and_the_baseline_of_one_name_are_refused(tmp_path: Path) -> None:
+    stack, scratch = _run(tmp_path / "stack"), _run(tmp_path / "scratch")
+    for runs, baseline in ((f"a={stack}", f"a={scratch}"), (f"baseline={stack}", f"{scratch}")):
+        outcome = run_command("compare", runs, "--baseline", baseline)
+        assert outcome.code == 2
+        assert "names a group and the baseline" in outcome.printed
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         read_run(tmp_path)
