@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.commands.parsing import Subparsers, add_command, output_folder
 from growth_megatron.errors import EXIT_OK, ConfigError
-from growth_megatron.report.compare import LOSSES, Run, compare, read_run, render_comparison
+from growth_megatron.report.compare import COSTS, LOSSES, Run, compare, read_run, render_comparison
 from growth_megatron.report.plots import plot_comparison
+
+PICTURES = {"flops": "comparison.png", "flops_6nd": "comparison_6nd.png", "consumed_tokens": "comparison_tokens.png"}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -27,7 +28,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--baseline", required=True, metavar="[NAME=]RUN[,RUN]", help="that are compared with; seeds alike"
     )
-    parser.add_argument("--output", metavar="DIR", help="also writes DIR/comparison.json and comparison.png")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="also writes DIR/comparison.json and pictures against FLOPs (comparison.png), FLOPs by 6 N D and tokens",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,25 +45,30 @@ def run(options: argparse.Namespace) -> int:
         groups[name] = runs
     if name_of_baseline in groups:
         raise ConfigError(f"{name_of_baseline} names a group and the baseline; write NAME=RUN for one of them")
+    folder = output_folder(options.output, "--output") if options.output else None
     figures = compare(groups, baseline)
     print(render_comparison(figures))
-    if options.output:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
         (folder / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        kind = "validation" if all("validation" in run.curves for run in baseline) else "train"
-        plot_comparison(_shown({name_of_baseline: baseline, **groups}, kind), LOSSES[kind], folder / "comparison.png")
-        print(f"figures: {folder / 'comparison.json'}\nplot: {folder / 'comparison.png'}")
+        print(f"figures: {folder / 'comparison.json'}")
+        everything = {name_of_baseline: baseline, **groups}
+        held_out = all("validation" in run.curves for group in everything.values() for run in group)
+        kind = "validation" if held_out else "train"
+        for cost, name in PICTURES.items():
+            if (shown := _shown(everything, kind, cost)) is not None:
+                print(f"plot: {plot_comparison(shown, LOSSES[kind], COSTS[cost], folder / name)}")
     return EXIT_OK
 
 
-def _shown(groups: Mapping[str, Sequence[Run]], kind: str) -> dict[str, list[Mapping[str, Sequence[float]]]]:
-    shown: dict[str, list[Mapping[str, Sequence[float]]]] = {}
-    for name, runs in groups.items():
-        curves = [run.curves[kind] for run in runs if kind in run.curves]
-        if curves:
-            shown[name] = [{"losses": curve.losses, "flops": curve.costs["flops"]} for curve in curves]
-    return shown
+def _shown(
+    groups: Mapping[str, Sequence[Run]], kind: str, cost: str
+) -> dict[str, list[tuple[Sequence[float], Sequence[float]]]] | None:
+    """Costs and losses of all runs; None where one does not have them."""
+    if not all(kind in run.curves and cost in run.curves[kind].costs for runs in groups.values() for run in runs):
+        return None
+    return {
+        name: [(run.curves[kind].costs[cost], run.curves[kind].losses) for run in runs] for name, runs in groups.items()
+    }
 
 
 def _group(text: str, default: str = "") -> tuple[str, list[Run]]:
@@ -66,4 +76,4 @@ def _group(text: str, default: str = "") -> tuple[str, list[Run]]:
     runs = [read_run(path) for path in paths.split(",") if path]
     if not runs:
         raise ConfigError(f"{text!r} names no run directory")
-    return (name if equals else default or runs[0].directory.resolve().name), runs
+    return (name if equals and name else default or runs[0].directory.resolve().name), runs

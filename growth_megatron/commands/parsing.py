@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 from growth_megatron.commands import COMMANDS
@@ -52,6 +54,20 @@ def add_text_inputs(parser: argparse.ArgumentParser) -> None:
         help="records to read, as in meta.set!=code; may be repeated, then all must hold",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+
+
+def output_folder(path: str, option: str) -> Path:
+    """The folder that an option names, made where it is missing.
+
+    Raises: ConfigError if it cannot be.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be made ({error.strerror}); name another folder") from None
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"{option} {path} may not be written to; name another folder")
+    return Path(path)
 
 
 def require_lm_eval(asked_for_by: str) -> None:

@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     for prefix, description in prepared.outputs.items():
         state = "" if prepared.seconds else " (there already)"
         print(f"{prefix}: {description.documents:,} documents, {description.tokens:,} tokens{state}")
+    if options.where and prepared.seconds and not options.merge:
+        print(f"left out by --where: {prepared.other_records:,} records")
     return EXIT_OK
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from growth_megatron.errors import DataError
 COMPRESSED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 ALLOWED = "allowed: .txt and .jsonl, each also as .gz or .zst, .parquet, .arrow"
+_LOOKED_AT = 20
+"""Of records in a file, and of files, to see which fields there are."""
 Kind = Literal["txt", "jsonl", "table"]
 
 
@@ -167,11 +170,39 @@ def parse_record(line: bytes, path: Path, offset: int, fields: Fields = ALL_RECO
     return fields.document(record, where)
 
 
-def table_texts(path: Path, fields: Fields) -> Iterator[list[str]]:
-    """The documents of a ``.parquet`` or ``.arrow`` file, some at a time."""
+def table_texts(path: Path, fields: Fields) -> Iterator[list[str | None]]:
+    """The rows of a ``.parquet`` or ``.arrow`` file, some at a time; None for one that is left out."""
     for rows, before in table_batches(path, fields):
-        found = (fields.document(row, f"{path}, row {before + number}") for number, row in enumerate(rows))
-        yield [text for text in found if text is not None]
+        yield [fields.document(row, f"{path}, row {before + number}") for number, row in enumerate(rows)]
+
+
+def unknown_fields(sources: Sequence[Source], fields: Fields) -> list[str]:
+    """A sentence for each condition on a field that the first records do not have.
+
+    Raises: DataError where there are conditions and no records.
+    """
+    if not fields.where:
+        return []
+    records = [source for source in sources if source.kind != "txt"]
+    if not records:
+        raise DataError(f"--where {fields.where[0]}: text files have no fields; leave it out, or give .jsonl or tables")
+    first = [record for source in records[:_LOOKED_AT] for record in _first_records(source, fields)]
+    return [
+        f"--where {condition}: none of the first {len(first):,} records has {condition.field}"
+        for condition in fields.where
+        if all(condition.value_in(record) is None for record in first)
+    ]
+
+
+def _first_records(source: Source, fields: Fields) -> list[Any]:
+    if source.kind == "table":
+        return next((rows[:_LOOKED_AT] for rows, _ in table_batches(source.path, fields)), [])
+    with reading(source.path) as (stream, _):
+        lines = list(itertools.islice((line for line in stream if line.strip()), _LOOKED_AT))
+    try:
+        return [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return []  # reading it as text says where
 
 
 def read_documents(source: Source, fields: Fields = ALL_RECORDS) -> Iterator[str]:
@@ -181,7 +212,7 @@ def read_documents(source: Source, fields: Fields = ALL_RECORDS) -> Iterator[str
         return
     if source.kind == "table":
         for texts in table_texts(source.path, fields):
-            yield from texts
+            yield from (text for text in texts if text is not None)
         return
     offset = 0
     with reading(source.path) as (stream, _):

@@ -34,7 +34,7 @@ class Task:
     """Work for one worker: whole ``.txt`` files, lines of a ``.jsonl`` file, or texts of a table."""
 
     files: tuple[Path, ...]
-    texts: list[str] | None = None  # of files[0]
+    texts: list[str | None] | None = None  # of files[0]; None for a row that is left out
     lines: bytes | None = None  # of files[0], from byte `offset` of the decompressed file
     offset: int = 0
     disk_bytes: int = 0  # how far this task carries the progress
@@ -48,6 +48,7 @@ class Encoded:
     lengths: numpy.ndarray  # [documents]
     text_bytes: int
     empty_documents: int  # left out
+    other_records: int  # left out, since they are not what was asked for
     disk_bytes: int
 
 
@@ -68,10 +69,10 @@ def _line_blocks(source: Source) -> Iterator[tuple[bytes, int, int]]:
 
 def _table_tasks(source: Source, fields: Fields) -> Iterator[Task]:
     """Texts of about ``TASK_BYTES``; the last task carries the progress of the whole file."""
-    gathered: list[str] = []
+    gathered: list[str | None] = []
     for texts in table_texts(source.path, fields):
         gathered += texts
-        if sum(map(len, gathered)) >= TASK_BYTES:
+        if sum(len(text or "") for text in gathered) >= TASK_BYTES:
             yield Task((source.path,), gathered)
             gathered = []
     yield Task((source.path,), gathered, disk_bytes=source.size_bytes)
@@ -101,23 +102,26 @@ def make_tasks(sources: Sequence[Source], fields: Fields = ALL_RECORDS) -> Itera
         yield Task(tuple(files), disk_bytes=gathered)
 
 
-def _documents(task: Task, fields: Fields) -> Iterator[str]:
+def _documents(task: Task, fields: Fields) -> Iterator[str | None]:
     if task.lines is None:
         yield from map(read_text, task.files) if task.texts is None else task.texts
         return
     offset = task.offset
     for line in io.BytesIO(task.lines):
-        if line.strip() and (text := parse_record(line, task.files[0], offset, fields)) is not None:
-            yield text
+        if line.strip():
+            yield parse_record(line, task.files[0], offset, fields)
         offset += len(line)
 
 
 def encode_task(tokenizer: Tokenizer, task: Task, fields: Fields = ALL_RECORDS) -> Encoded:
     """Tokens of the task's documents; a document without any visible character is left out."""
     parts: list[numpy.ndarray] = []
-    text_bytes = empty = 0
+    text_bytes = empty = other = 0
     dtype = token_dtype(tokenizer.vocab_size)
     for text in _documents(task, fields):
+        if text is None:
+            other += 1
+            continue
         if not text.strip():
             empty += 1
             continue
@@ -125,7 +129,7 @@ def encode_task(tokenizer: Tokenizer, task: Task, fields: Fields = ALL_RECORDS) 
         parts.append(numpy.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=dtype))
     tokens = numpy.concatenate(parts) if parts else numpy.empty(0, dtype)
     lengths = numpy.array([len(part) for part in parts], dtype=numpy.int64)
-    return Encoded(tokens, lengths, text_bytes, empty, task.disk_bytes)
+    return Encoded(tokens, lengths, text_bytes, empty, other, task.disk_bytes)
 
 
 def _start_worker() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from growth_megatron.config.progress_bar import bytes_progress
-from growth_megatron.data.corpus import Source, list_sources
+from growth_megatron.data.corpus import Source, list_sources, unknown_fields
 from growth_megatron.data.encode import encode_corpus, token_dtype
 from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.data.mixture import suffixed
@@ -37,6 +38,8 @@ class Prepared:
 
     outputs: dict[Path, Description]
     seconds: float
+    other_records: int = 0
+    """Left out, since they do not meet the conditions."""
 
 
 def validation_prefix(output_prefix: str | Path) -> Path:
@@ -127,8 +130,15 @@ def _outputs(prefixes: Sequence[Path], vocab_size: int) -> Iterator[list[_Output
             output.discard()
 
 
-def _check_documents(outputs: Sequence[_Output], inputs: Sequence[str | Path], validation_every: int | None) -> None:
+def _check_documents(
+    outputs: Sequence[_Output], inputs: Sequence[str | Path], validation_every: int | None, fields: Fields, other: int
+) -> None:
     seen = sum(output.documents for output in outputs)
+    if not seen and other:
+        raise DataError(
+            f"no document is left: --where {' --where '.join(map(str, fields.where))} leaves out {other:,} records, "
+            "and those that it keeps have no text; correct the field or the value"
+        )
     if not seen:
         raise DataError(f"the corpus is empty: no document with text in {', '.join(map(str, inputs))}")
     if any(output.documents == 0 for output in outputs):
@@ -171,6 +181,8 @@ def prepare_data(
         sources, output_prefix = _shard(sources, output_prefix, *shard)
     prefixes = [Path(output_prefix)] + ([validation_prefix(output_prefix)] if validation_every else [])
     reader = open_tokenizer(tokenizer)
+    for sentence in unknown_fields(sources, fields):
+        print(f"warning: {sentence}", file=progress_stream or sys.stderr)
     if not overwrite:
         if shard is not None and (done := _done(prefixes, sources, reader, fields)):
             return Prepared(done, 0.0)
@@ -179,7 +191,7 @@ def prepare_data(
     shown = bytes_progress("preparing", stream=progress_stream)
     results = contextlib.closing(encode_corpus(sources, reader, workers, fields))
     with _outputs(prefixes, reader.vocab_size) as outputs, shown as progress, results as encoded_tasks:
-        text_bytes = empty = seen = 0
+        text_bytes = empty = other = seen = 0
         for encoded in encoded_tasks:
             start = 0
             for end in numpy.cumsum(encoded.lengths).tolist():
@@ -189,14 +201,15 @@ def prepare_data(
                 start = end
             text_bytes += encoded.text_bytes
             empty += encoded.empty_documents
+            other += encoded.other_records
             disk_bytes += encoded.disk_bytes
             tokens = sum(output.tokens for output in outputs)
             progress(disk_bytes, total_bytes, f"{seen:,} documents, {tokens:,} tokens")
-        _check_documents(outputs, inputs, validation_every)
+        _check_documents(outputs, inputs, validation_every, fields, other)
         descriptions = [_describe(output, reader, sources, fields, text_bytes, empty) for output in outputs]
         for output, description in zip(outputs, descriptions, strict=True):
             output.finish(description)
-    return Prepared(dict(zip(prefixes, descriptions, strict=True)), time.monotonic() - started)
+    return Prepared(dict(zip(prefixes, descriptions, strict=True)), time.monotonic() - started, other)
 
 
 def _describe(

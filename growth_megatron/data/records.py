@@ -37,11 +37,15 @@ class Condition:
     def __str__(self) -> str:
         return f"{self.field}{'' if self.equal else '!'}={self.value}"
 
+    def value_in(self, record: Any) -> Any:
+        """The field's; None where it is not there."""
+        for name in self.field.split("."):
+            record = record.get(name) if isinstance(record, Mapping) else None
+        return record
+
     def holds(self, record: Mapping[str, Any]) -> bool:
         """Whether it does; a field that is not there has no value. Values that are no text are compared as JSON."""
-        value: Any = record
-        for name in self.field.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
+        value = self.value_in(record)
         return ((value if isinstance(value, str) else json.dumps(value)) == self.value) == self.equal
 
 

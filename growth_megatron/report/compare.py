@@ -4,7 +4,7 @@ Owns: a run's loss curves, the cost at which a loss is reached, speed-ups over s
 Does not own: the picture (``report.plots``), metrics (``train.metrics``).
 
 Cost is cumulative over a run, so that of the base model counts; a run that starts from another run's checkpoint goes on
-with its counters.
+with its counters, and its curve is that run's up to there.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from growth_megatron.config.tables import columns
 from growth_megatron.config.units import fixed
 from growth_megatron.errors import DataError
-from growth_megatron.report.plots import smooth
-from growth_megatron.train.metrics import read_metrics
+from growth_megatron.report.joined import joined_records
 
 COSTS = {"flops": "FLOPs", "flops_6nd": "FLOPs (6 N D)", "consumed_tokens": "tokens"}
-LOSSES = {"validation": "held-out loss", "train": "training loss, smoothed"}
+LOSSES = {"validation": "held-out loss", "train": "smoothed training loss"}
+_NAMES = {"validation": "validation_loss", "train": "loss"}
+_WINDOW = 25
+"""A smoothed training loss is a mean over one of so many parts of the records to both sides."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Run:
 
     directory: Path
     curves: Mapping[str, Curve]
+    grown_at: Mapping[str, float] = field(default_factory=dict)
+    """By kind of cost, what had been spent when it grew last; empty if it did not."""
+    stopped_at: int | None = None
+    """The step, where the run is not complete."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class SpeedUp:
     loss: float
     run_cost: float
     baseline_cost: float
+    before_growth: bool = False
+    """The run was at that loss before it grew last, so its cost says nothing of that growth."""
 
     @property
     def value(self) -> float:
@@ -62,31 +70,51 @@ class SpeedUp:
 
 
 def read_run(directory: str | Path) -> Run:
-    """The curves of a run directory.
+    """The curves of a run directory, after those of the runs that it branched off.
 
     Raises: DataError where there are no metrics, or no losses in them.
     """
     path = Path(directory)
-    records = read_metrics(path)
+    records = joined_records(path)
     curves = {}
-    for kind, name in (("validation", "validation_loss"), ("train", "loss")):
-        kept = [r for r in records if r["kind"] == kind and r.get(name) is not None and r["consumed_tokens"] > 0]
+    for kind, name in _NAMES.items():
+        found = [r for r in records if r["kind"] == kind and r.get(name) is not None and r["consumed_tokens"] > 0]
+        kept = _smoothed(found) if kind == "train" else found
         if len(kept) < 2:
             continue
-        losses = [record[name] for record in kept]
-        if kind == "train":  # not across a growth, whose jump it would hide
-            stages = dict.fromkeys(record["stage"] for record in kept)
-            parts = [[r[name] for r in kept if r["stage"] == stage] for stage in stages]
-            losses = [loss for part in parts for loss in smooth(part, len(kept) // 50)]
         costs = {
             cost: tuple(float(record[cost]) for record in kept)
             for cost in COSTS
             if all(record.get(cost) is not None for record in kept)
         }
-        curves[kind] = Curve(tuple(losses), costs)
+        curves[kind] = Curve(tuple(record[name] for record in kept), costs)
     if not curves:
         raise DataError(f"{path} has fewer than two losses in its metrics; let the run go on first")
-    return Run(path, curves)
+    placed = [record for record in records if record["kind"] in _NAMES and record.get("step") is not None]
+    last = max(record["step"] for record in placed)
+    complete = any(r["kind"] == "event" and r.get("event") == "done" and r.get("step", 0) >= last for r in records)
+    return Run(path, curves, _grown_at(records, placed), None if complete else last)
+
+
+def _smoothed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training records with means of their neighbours as losses, only where there are as many on both sides.
+
+    No mean goes across a growth, whose jump it would hide.
+    """
+    smoothed: list[dict[str, Any]] = []
+    for stage in dict.fromkeys(record["stage"] for record in records):
+        part = [record for record in records if record["stage"] == stage]
+        reach = min(max(1, len(records) // _WINDOW), (len(part) - 1) // 2)
+        for at in range(reach, len(part) - reach):
+            window = [record["loss"] for record in part[at - reach : at + reach + 1]]
+            smoothed.append({**part[at], "loss": statistics.fmean(window)})
+    return smoothed
+
+
+def _grown_at(records: Sequence[Mapping[str, Any]], placed: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    steps = [record["step"] for record in records if record["kind"] == "growth"]
+    before = [record for record in placed if steps and record["step"] <= max(steps)]
+    return {cost: max(found) for cost in COSTS if (found := [r[cost] for r in before if r.get(cost) is not None])}
 
 
 def cost_of(curve: Curve, cost: str, loss: float) -> float:
@@ -105,10 +133,12 @@ def cost_of(curve: Curve, cost: str, loss: float) -> float:
     raise ValueError(f"the lowest loss is {curve.best}, not {loss}")
 
 
-def speed_up(run: Curve, baseline: Curve, cost: str) -> SpeedUp:
-    """``run`` against ``baseline`` at the lowest loss that both reach, so that nothing is extrapolated."""
-    loss = max(run.best, baseline.best)
-    return SpeedUp(loss, cost_of(run, cost, loss), cost_of(baseline, cost, loss))
+def speed_up(run: Run, baseline: Run, loss: str, cost: str) -> SpeedUp:
+    """``run`` against ``baseline`` at the lowest ``loss`` that both reach, so that nothing is extrapolated."""
+    own, other = run.curves[loss], baseline.curves[loss]
+    level = max(own.best, other.best)
+    spent = cost_of(own, cost, level)
+    return SpeedUp(level, spent, cost_of(other, cost, level), spent <= run.grown_at.get(cost, 0.0))
 
 
 def speed_ups(runs: Sequence[Run], baseline: Sequence[Run], loss: str, cost: str) -> list[SpeedUp]:
@@ -116,7 +146,7 @@ def speed_ups(runs: Sequence[Run], baseline: Sequence[Run], loss: str, cost: str
     same = len(runs) == len(baseline)
     pairs = zip(runs, baseline, strict=True) if same else ((run, other) for run in runs for other in baseline)
     return [
-        speed_up(run.curves[loss], other.curves[loss], cost)
+        speed_up(run, other, loss, cost)
         for run, other in pairs
         if all(loss in each.curves and cost in each.curves[loss].costs for each in (run, other))
     ]
@@ -126,6 +156,11 @@ def compare(groups: Mapping[str, Sequence[Run]], baseline: Sequence[Run]) -> dic
     """Figures of each group of runs (seeds of one thing) against ``baseline``, as JSON-able data."""
     return {
         "baseline": [str(run.directory) for run in baseline],
+        "not_complete": {
+            str(run.directory): run.stopped_at
+            for run in (*baseline, *(run for runs in groups.values() for run in runs))
+            if run.stopped_at is not None
+        },
         "groups": {
             name: {
                 "runs": [str(run.directory) for run in runs],
@@ -155,30 +190,47 @@ def _by_cost(runs: Sequence[Run], baseline: Sequence[Run], loss: str) -> Iterato
 
 
 def render_comparison(figures: Mapping[str, Any]) -> str:
-    """A table, and a sentence for each group."""
-    rows = [("", "runs", *LOSSES.values(), *(f"speed-up in {name}" for name in COSTS.values()))]
+    """A table, a sentence for each group, and what makes them weaker."""
+    rows = [("", "runs", *LOSSES.values(), "speed-up at equal", *(f"in {name}" for name in COSTS.values()))]
     for name, group in figures["groups"].items():
-        found = group["speed_ups"].get("validation") or group["speed_ups"]["train"]
+        kind = _kind(group)
+        found = group["speed_ups"][kind]
         finals = [_spread(group["final"][loss]) for loss in LOSSES]
         ups = [_percent(found[cost]) if cost in found else "n/a" for cost in COSTS]
-        rows.append((name, str(len(group["runs"])), *finals, *ups))
-    sentences = [sentence(name, group) for name, group in figures["groups"].items()]
-    return "\n".join([*columns(rows, right=range(1, 7)), "", *sentences])
+        rows.append((name, str(len(group["runs"])), *finals, LOSSES[kind], *ups))
+    sentences = [sentence(name, group, len(figures["baseline"])) for name, group in figures["groups"].items()]
+    sentences += [
+        f"warning: {run} is not complete, its last record is of step {step:,}: its losses are not those of its end"
+        for run, step in figures["not_complete"].items()
+    ]
+    return "\n".join([*columns(rows, right=(1, 2, 3, 5, 6, 7)), "", *sentences])
 
 
-def sentence(name: str, group: Mapping[str, Any]) -> str:
-    """What a person may quote, with the loss it holds at."""
-    kind = "validation" if group["speed_ups"]["validation"] else "train"
+def _kind(group: Mapping[str, Any]) -> str:
+    return "validation" if group["speed_ups"]["validation"] else "train"
+
+
+def sentence(name: str, group: Mapping[str, Any], baselines: int) -> str:
+    """What a person may quote, with the loss it holds at; ``baselines`` is the number of the baseline's runs."""
+    kind = _kind(group)
     found = group["speed_ups"][kind].get("flops")
     if found is None:
-        return f"{name}: no loss that it and the baseline have in common"
-    costs = [(each["run_cost"], each["baseline_cost"], each["loss"]) for each in found["of"]]
-    run, baseline, loss = (statistics.fmean(values) for values in zip(*costs, strict=True))
-    need = f"{1 - run / baseline:.1%} fewer" if run < baseline else f"{run / baseline - 1:.1%} more"
+        return f"{name}: it and the baseline have no kind of loss in common with the FLOPs it took"
+    pairs = found["of"]
+    losses = [each["loss"] for each in pairs]
+    level = f"{losses[0]:.4f}" if len(pairs) == 1 else f"{min(losses):.4f} to {max(losses):.4f}"
+    share = 1 / (1 + found["mean"])
+    need = "as many" if abs(share - 1) < 5e-4 else f"{1 - share:.1%} fewer" if share < 1 else f"{share - 1:.1%} more"
+    than = "as" if need == "as many" else "than"
+    each = f"{pairs[0]['run_cost']:.3g} against {pairs[0]['baseline_cost']:.3g}, " if len(pairs) == 1 else ""
+    all_pairs = "" if len(group["runs"]) == baselines else " (each with each)"
+    early = sum(pair["before_growth"] for pair in pairs)
+    of_which = "" if len(pairs) == 1 else f" in {early} of {len(pairs)} pairs"
     return (
-        f"{name} comes to a {LOSSES[kind]} of {loss:.4f} with {need} FLOPs than the baseline ({run:.3g} against "
-        f"{baseline:.3g}, the base's counted): a speed-up of {_percent(found)} over {len(costs)} "
-        f"pair{'s' if len(costs) > 1 else ''} of runs"
+        f"{name} comes to a {LOSSES[kind]} of {level} with {need} FLOPs {than} the baseline ({each}the base's "
+        f"counted): a speed-up of {_percent(found)} over {len(pairs)} pair{'s' if len(pairs) > 1 else ''} of "
+        f"runs{all_pairs}"
+        + (f"; it was there before it grew{of_which}, so that says nothing of the growth" if early else "")
     )
 
 

@@ -45,12 +45,14 @@ def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
     return output
 
 
-def plot_comparison(groups: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], loss: str, output_png: Path) -> Path:
-    """Loss against FLOPs, a colour for each group and a line for each of its runs, labelled at their ends.
+def plot_comparison(
+    groups: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], loss: str, cost: str, output_png: Path
+) -> Path:
+    """Loss against cost, a colour for each group and a line for each of its runs, labelled at their ends.
 
     Args:
-        groups: runs by name, each with its ``losses`` in nats per token and their ``flops``.
-        loss: what is shown, for the axis.
+        groups: runs by name, each with costs and losses in nats per token.
+        loss, cost: what is shown, for the axes.
 
     Raises: ConfigError: matplotlib is not installed.
     """
@@ -59,20 +61,20 @@ def plot_comparison(groups: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
     late, ends = [], []
     for number, (name, runs) in enumerate(groups.items()):
         color = _GROUPS[number % len(_GROUPS)]
-        for run in runs:
-            axis.plot(run["flops"], run["losses"], color=color, linewidth=1.6, alpha=0.9 if len(runs) == 1 else 0.6)
-            late += list(run["losses"])[len(run["losses"]) // 5 :]
-        end = min(runs, key=lambda run: run["losses"][-1])
-        ends.append((end["losses"][-1], end["flops"][-1], name, color))
+        for costs, losses in runs:
+            axis.plot(costs, losses, color=color, linewidth=1.6, alpha=0.9 if len(runs) == 1 else 0.6)
+            late += list(losses)[len(losses) // 5 :]
+        costs, losses = min(runs, key=lambda run: run[1][-1])
+        ends.append((losses[-1], costs[-1], name, color))
     margin = 0.05 * (max(late) - min(late) or 1.0)
     axis.set_ylim(min(late) - margin, max(late) + margin)  # the fall from the random start runs off the top
     ends.sort()
     heights = apart([loss for loss, *_ in ends], margin)
-    for height, (_, flops, name, color) in zip(heights, ends, strict=True):
-        axis.annotate(name, (flops, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
+    for height, (_, at, name, color) in zip(heights, ends, strict=True):
+        axis.annotate(name, (at, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
                       color=color, fontweight="bold", annotation_clip=False)  # fmt: skip
     axis.set_xlim(left=0)
-    axis.set_xlabel("FLOPs of training, the base's counted")
+    axis.set_xlabel(f"{cost} of training, the base's counted")
     axis.set_ylabel(f"{loss} (nats per token)")
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

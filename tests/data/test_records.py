@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyarrow import parquet
 
 from growth_megatron.data.corpus import list_sources, read_documents
 from growth_megatron.data.encode import make_tasks
-from growth_megatron.data.prepare import prepare_data
+from growth_megatron.data.prepare import Prepared, prepare_data
 from growth_megatron.data.records import Condition, Fields
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
@@ -63,6 +64,32 @@ def test_records_that_meet_the_condition_are_read(tmp_path: Path, name: str, whe
     (source,) = list_sources([_write(tmp_path / name)])
     assert list(read_documents(source, Fields.parse("text", [where]))) == expected
     assert list(read_documents(source, Fields.parse("text", [where, "meta.set=else"]))) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_condition_on_a_field_that_no_record_has_is_told_and_what_conditions_leave_out_is_counted(
+    tmp_path: Path, name: str, tokenizer: Tokenizer
+) -> None:
+    source, told = _write(tmp_path / name), io.StringIO()
+
+    def prepare(where: str) -> Prepared:
+        output = tmp_path / f"out_{len(list(tmp_path.iterdir()))}"
+        return prepare_data(
+            [source], tokenizer.path, output, 1, fields=Fields.parse("text", [where]), progress_stream=told
+        )
+
+    assert prepare("meta.set!=code").other_records == 1
+    assert "none of the first" not in told.getvalue()
+    assert prepare("meta.sett!=code").other_records == 0
+    assert re.search(r"--where meta.sett!=code: none of the first \d records has meta.sett\n", told.getvalue())
+    with pytest.raises(DataError, match=r"--where meta.set=Code leaves out \d+ records"):
+        prepare("meta.set=Code")
+
+
+def test_a_condition_on_text_files_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(DataError, match="text files have no fields"):
+        prepare_data([tmp_path / "a.txt"], tokenizer.path, tmp_path / "out", fields=Fields.parse("text", ["a!=b"]))
 
 
 @pytest.mark.parametrize("text", ["meta.set", "=web", "!=web"])

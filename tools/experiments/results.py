@@ -136,15 +136,15 @@ def _nine_way_runs(output: Path, records: Sequence[Record]) -> dict[str, dict[in
 
 
 def _plot(output: Path, records: Sequence[Record]) -> None:
-    shown: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    shown: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = {}
     for name, runs in _nine_way_runs(output, records).items():
         curves = [run.curves["validation"] for run in runs.values()]
-        shown[name] = [{"losses": curve.losses, "flops": curve.costs["flops"]} for curve in curves]
+        shown[name] = [(curve.costs["flops"], curve.losses) for curve in curves]
     partial = output / ".results.png"
     if not shown:
         return
     try:
-        plot_comparison(shown, "held-out loss", partial)
+        plot_comparison(shown, "held-out loss", "FLOPs", partial)
     except GrowthMegatronError as error:  # no matplotlib
         print(f"no picture: {error}")
         return
