@@ -12,6 +12,8 @@ from growth_megatron.report.advice_text import render_advice
 from growth_megatron.report.curves import summarise
 from growth_megatron.report.joined import joined_records
 
+LARGEST_FACTOR = 16
+
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(
@@ -28,10 +30,12 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.tokens is not None and not 0 < options.tokens < 1e18:
         raise ConfigError(f"--tokens is {options.tokens:g}; give a number of tokens, as 3e11")
-    if options.factor is not None and options.factor < 2:
-        raise ConfigError(f"--factor is {options.factor}; allowed: whole numbers from 2")
+    if options.factor is not None and not 2 <= options.factor <= LARGEST_FACTOR:
+        raise ConfigError(f"--factor is {options.factor}; allowed: whole numbers from 2 to {LARGEST_FACTOR}")
     directory = Path(options.run)
     records = joined_records(directory)
     summary = summarise(directory, records)
+    if summary.growths and (options.tokens is not None or options.factor is not None):
+        print("--tokens and --factor are not used: the run has grown, and one growth is what is advised")
     print(render_advice(advise(summary, records, options.tokens, options.factor), summary, records))
     return EXIT_OK

@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from growth_megatron.commands.parsing import Subparsers, add_command, add_live_model, require_lm_eval
+from growth_megatron.commands.parsing import (
+    Subparsers,
+    add_command,
+    add_live_model,
+    announce,
+    output_file,
+    require_lm_eval,
+)
 from growth_megatron.errors import EXIT_OK, ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +56,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     _check(options)
     require_lm_eval("evaluate")
+    announce(f"reading {options.checkpoint}")
     from growth_megatron.evaluate.opened import opened  # seconds of imports, which a wrong option need not wait for
     from growth_megatron.parallel import collectives
 
@@ -67,19 +75,23 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--num-fewshot {options.num_fewshot} is negative; give 0 or more, or leave it out")
     if options.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {options.batch_tokens} is not positive; give 1 or more, or leave it out")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ConfigError(
-            f"--json {options.json}: {Path(options.json).parent} is no folder; make it, or name another file"
-        )
+    if not _names(options.tasks):
+        raise ConfigError("--tasks names no task; give names with commas between them, as arc_easy,sciq")
+    if options.json:
+        output_file(options.json, "--json")
+
+
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]
 
 
 def _evaluate(options: argparse.Namespace, model: LiveModel, tokenizer: Tokenizer) -> dict[str, Any]:
     from growth_megatron.evaluate.harness import DistributedLM, run_harness
     from growth_megatron.evaluate.tasks import load_tasks
 
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     include_path = Path(options.include_path) if options.include_path else None
-    loaded = load_tasks(names, include_path, options.num_fewshot)
+    announce("reading tasks")
+    loaded = load_tasks(_names(options.tasks), include_path, options.num_fewshot)
     return run_harness(DistributedLM(model, tokenizer), loaded, limit=options.limit)
 
 
@@ -100,6 +112,6 @@ def _tell(options: argparse.Namespace, origin: Origin, found: dict[str, Any]) ->
     run = run_of_checkpoint(origin.path)
     if run is not None and (run / FILE_NAME).is_file():
         manifest = origin.manifest
-        counts = {"consumed_tokens": manifest.consumed_tokens, "flops": manifest.flops}
+        counts = {"consumed_tokens": manifest.consumed_tokens, "flops": manifest.flops, "flops_6nd": manifest.flops_6nd}
         append_record(run, "evaluation", step=manifest.step, **counts, results=results, **settings)
         print(f"added to {run / FILE_NAME}")

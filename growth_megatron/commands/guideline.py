@@ -34,6 +34,11 @@ def run(options: argparse.Namespace) -> int:
         f"arXiv 2405.15319): {parameters} parameters, {format_count(found.tokens)} tokens, {found.flops:.3g} FLOPs "
         "(6 N D)."
     )
+    if not found.is_covered:
+        print(
+            "warning: this is no advice for so small a target: below what it was fitted to the formula rises without "
+            "bound. Measure it: growth-megatron probe RUN --candidates growths.yaml --steps N"
+        )
     for warning in found.warnings:
         print(f"warning: {warning}")
     return EXIT_OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,30 @@ def add_text_inputs(parser: argparse.ArgumentParser) -> None:
         help="records to read, as in meta.set!=code; may be repeated, then all must hold",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+
+
+def announce(text: str) -> None:
+    """What a command that prints its results does meanwhile, on standard error; of rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def output_file(path: str, option: str) -> Path:
+    """The file that an option names, which can be written.
+
+    Raises: ConfigError if it cannot.
+    """
+    folder = Path(path).absolute().parent
+    problem = (
+        "it is a folder; name a file" if Path(path).is_dir()
+        else f"{folder} is no folder; make it, or name another file" if not folder.is_dir()
+        else "it may not be written to; name another file"
+        if not os.access(path if Path(path).exists() else folder, os.W_OK)
+        else None
+    )  # fmt: skip
+    if problem is not None:
+        raise ConfigError(f"{option} {path}: {problem}")
+    return Path(path)
 
 
 def output_folder(path: str, option: str) -> Path:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from growth_megatron.checkpoint.folder.manifest import read_manifest
+from growth_megatron.checkpoint.folder.run_directory import at_step
 from growth_megatron.commands.parsing import Subparsers, add_command, add_config
 from growth_megatron.commands.plan_tables import print_plan
+from growth_megatron.config.units import format_count
 from growth_megatron.data.mixture import describe_draws, draws_of_stages
-from growth_megatron.errors import EXIT_OK, DataError
+from growth_megatron.errors import EXIT_OK, DataError, GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
-from growth_megatron.train.plan import plan_run, plan_to_dict, tokens_of_stages
+from growth_megatron.train.plan import RunPlan, plan_run, plan_to_dict, tokens_of_stages
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -46,8 +49,22 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({**plan_to_dict(plan), "data": data}, indent=1))
     else:
         print_plan(plan, Console())
+        if config.checkpoint.mode == "branch":
+            print(_base(config.checkpoint.resume, plan))
         print(text)
     return EXIT_OK
+
+
+def _base(checkpoint: str, plan: RunPlan) -> str:
+    """What the run begins from cost, which the plan does not count."""
+    try:
+        base = read_manifest(at_step(Path(checkpoint)))
+    except GrowthMegatronError:
+        return f"base: not counted above is what {checkpoint} cost, which is not there"
+    return (
+        f"base: not counted above is what {checkpoint} cost, {base.flops:.3e} FLOPs and "
+        f"{format_count(base.consumed_tokens)} tokens; with it {base.flops + plan.flops:.3e} FLOPs"
+    )
 
 
 def _config(text: str) -> str:

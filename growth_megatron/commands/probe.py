@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from growth_megatron.commands.parsing import Subparsers, add_command
+from growth_megatron.commands.parsing import Subparsers, add_command, announce
 from growth_megatron.errors import ConfigError
 
 
@@ -35,10 +35,13 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.steps < 1 or (options.ranks is not None and options.ranks < 1):
-        raise ConfigError(f"--steps {options.steps}, --ranks {options.ranks or 1}: allowed are whole numbers from 1")
+    for name in ("steps", "ranks"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ConfigError(f"--{name} is {given}; allowed: whole numbers from 1")
     if "RANK" in os.environ:
         raise ConfigError("probe starts its processes itself; run it without torchrun, with --ranks N")
+    announce(f"reading {options.checkpoint}")
     from growth_megatron.commands.probe_runs import probe  # seconds of imports, which a mistake need not wait for
 
     output = Path(options.output) if options.output else None

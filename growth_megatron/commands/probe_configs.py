@@ -88,7 +88,7 @@ def probe_config(
     if steps >= whole:
         raise ConfigError(
             f"--steps {steps} is not less than the stage of candidate {name}, which has {whole} steps; give fewer, or "
-            f"make the stage longer: training.steps={4 * steps}"
+            f"make the stage longer: --set training.steps={4 * steps}"
         )
     text = dump(_first_steps(loaded.config.model_dump(mode="json", exclude_none=True), steps, whole))
     _loaded(name, text, ())
@@ -135,7 +135,7 @@ def _first_steps(content: dict[str, Any], steps: int, whole: int) -> dict[str, A
     if schedule["warmup_steps"] > steps:
         raise ConfigError(
             f"--steps {steps} ends within the warm-up of {schedule['warmup_steps']} steps, where nothing can be told; "
-            f"give more, or shorten it for all candidates: schedule.warmup_steps={max(1, steps // 10)}"
+            f"give more, or shorten it for all candidates: --set schedule.warmup_steps={max(1, steps // 10)}"
         )
     stage["training"] = {key: value for key, value in training.items() if key != "tokens"} | {"steps": steps}
     content["logging"] = {"interval_steps": 1}

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from growth_megatron.checkpoint.folder.manifest import Manifest
 from growth_megatron.checkpoint.origin import find_origin
+from growth_megatron.commands.parsing import output_folder
 from growth_megatron.commands.probe_configs import ProbeConfig, probe_config, read_candidates
 from growth_megatron.config.units import duration
 from growth_megatron.errors import EXIT_OK, EXIT_STOPPED_EARLY, ConfigError, GrowthMegatronError
@@ -38,13 +40,13 @@ def probe(
     origin = find_origin(checkpoint)
     folder = output or _folder(origin.path, origin.manifest.step)
     configs = [probe_config(name, sections, origin, steps, overrides, folder) for name, sections in candidates.items()]
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(str(folder), "--output")
     for config in configs:
         _write_config(folder, config.name, config.probe)
     found: list[Candidate] = []
     for number, config in enumerate(configs, 1):
         print(f"candidate {number} of {len(configs)}, {config.name}: ", end="", flush=True)
-        came = _candidate(folder, config, origin.manifest.step, steps, ranks)
+        came = _candidate(folder, config, origin.manifest, steps, ranks)
         if came is None:
             print(f"stopped; re-run the same command to go on, finished candidates are kept in {folder}")
             return EXIT_STOPPED_EARLY
@@ -73,20 +75,20 @@ def _write_config(folder: Path, name: str, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _candidate(folder: Path, config: ProbeConfig, start: int, steps: int, ranks: int | None) -> Candidate | None:
+def _candidate(folder: Path, config: ProbeConfig, source: Manifest, steps: int, ranks: int | None) -> Candidate | None:
     """The figures of a candidate, trained unless it was; None if that was stopped early.
 
     Raises: GrowthMegatronError with the last lines of its log if it failed.
     """
     began = time.monotonic()
-    came = _figures(folder, config, start, steps)
+    came = _figures(folder, config, source, steps)
     trained = came is None
     if came is None:
         log = folder / f"{config.name}.log"
         code = _train(folder / f"{config.name}.yaml", _ranks(config, ranks), log)
         if code == EXIT_STOPPED_EARLY:
             return None
-        came = _figures(folder, config, start, steps)
+        came = _figures(folder, config, source, steps)
         if code != EXIT_OK or came is None:
             print("failed", flush=True)
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
@@ -96,12 +98,12 @@ def _candidate(folder: Path, config: ProbeConfig, start: int, steps: int, ranks:
     return came
 
 
-def _figures(folder: Path, config: ProbeConfig, start: int, steps: int) -> Candidate | None:
+def _figures(folder: Path, config: ProbeConfig, source: Manifest, steps: int) -> Candidate | None:
     directory = folder / config.name
     if not (directory / FILE_NAME).is_file():
         return None
     model = geometry(config.loaded.config.stages[0].model.model_dump())
-    return candidate(config.name, model, read_metrics(directory), start, steps)
+    return candidate(config.name, model, read_metrics(directory), source.step, steps, source.validation_loss)
 
 
 def _train(config: Path, ranks: int, log: Path) -> int:

@@ -6,12 +6,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from growth_megatron.commands.parsing import Subparsers, add_command, add_live_model
+from growth_megatron.commands.parsing import Subparsers, add_command, add_live_model, announce
 from growth_megatron.errors import EXIT_OK, ConfigError
 
 if TYPE_CHECKING:
     from growth_megatron.data.tokenizer import Tokenizer
     from growth_megatron.evaluate.live_model import LiveModel
+
+
+BETWEEN = "-" * 40
+"""Between the texts of several prompts, which may hold empty lines themselves."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -41,6 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _check(options)
+    announce(f"reading {options.checkpoint}")
     from growth_megatron.evaluate.opened import opened  # seconds of imports, which a wrong option need not wait for
     from growth_megatron.parallel import collectives
 
@@ -48,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         prompts = collectives.on_rank_zero(lambda: _prompts(options))
         texts = write(model, tokenizer, prompts, options)
         if collectives.rank() == 0:
-            print("\n\n".join(texts))
+            print(f"\n{BETWEEN}\n".join(texts))
     return EXIT_OK
 
 
@@ -88,7 +93,10 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         return list(options.prompts)
     if sys.stdin.isatty():
         raise ConfigError('give a PROMPT ("" begins a document), or lines on standard input')
-    prompts = [line.rstrip("\n") for line in sys.stdin]
+    try:
+        prompts = [line.rstrip("\n").encode().decode() for line in sys.stdin]
+    except UnicodeError:  # what was no UTF-8 may have come through as half characters
+        raise ConfigError("standard input is not UTF-8; convert it (iconv -f ENCODING -t UTF-8)") from None
     if not prompts:
         raise ConfigError('no PROMPT is given, and standard input is empty; "" as PROMPT begins a document')
     return prompts

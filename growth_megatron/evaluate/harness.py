@@ -195,7 +195,15 @@ def run_harness(lm: DistributedLM, loaded: Any, *, limit: float | None = None, e
     # What resamples prints that it does; a console that is live meanwhile is left its standard output.
     with _quiet_harness(), redirect_stdout(io.StringIO()) if errors else nullcontext():
         draws = 1000 if errors and collectives.rank() == 0 else 0
-        found: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=draws)
+        try:
+            found: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=draws)
+        except ValueError as error:
+            if "larger than population" not in str(error):
+                raise
+            raise ConfigError(
+                "there are more examples asked for than a task has documents to take them from; give a smaller "
+                "--num-fewshot"
+            ) from error
     return found
 
 

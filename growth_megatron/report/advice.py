@@ -38,7 +38,6 @@ MEASURED_SAVINGS = {0.374e9: (31.0, 53.1), 1.1e9: (49.1, 49.1), 3e9: (48.6, 54.5
 """Speed-up in per cent at equal training loss by target parameters: one seed each, depth x4, arXiv 2405.15319."""
 _ANNEALED = 0.9  # of the peak: below that the base is no longer at a constant rate
 _NEAR = 2.0  # times the guideline's tokens, either way: the fit is no better than that
-_FAR = 3.0  # times below what the guideline was fitted to: it asks for more tokens than there are
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Statement:
     says: str
     fitted_in: str
     this_run: str
-    inside: bool
+    inside: bool | None
+    """None: how far down it holds was not to be had."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _verdict(
             f"do not grow: the {count(found.tokens)} tokens that the target is to have seen "
             f"({found.tokens / found.parameters:.3g} a parameter; --tokens says otherwise) are spent"
         )
-    if min(found.parameters / FITTED_PARAMETERS[0], found.flops / FITTED_FLOPS[0]) < 1 / _FAR:
+    if not found.is_covered:
         return None, (
             "nothing that is published covers so small a run: the guideline rises without bound below what it was "
             f"fitted to (here to {count(found.fitted_growth_tokens)} tokens). Measure it: growth-megatron probe "
@@ -154,7 +154,7 @@ def _verdict(
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
-    return int(max(r["step"] for r in records if r["kind"] == "train"))
+    return int(max(r["step"] for r in records if r["kind"] in ("train", "validation")))
 
 
 def _steps(tokens: float, records: Sequence[Mapping[str, Any]]) -> str:
@@ -216,14 +216,16 @@ def _statements(seen: int, parameters: int, found: Guideline, factor: int) -> tu
             "factor 2 is the most reliable; from some larger one on, training from scratch is better",
             f"most gain below {TOKENS_PER_PARAMETER:.0f} tokens a parameter",
             f"factor {factor}, {a_parameter:.3g} tokens a parameter",
-            factor <= RELIABLE_FACTOR and a_parameter <= TOKENS_PER_PARAMETER,
+            (True if found.parameters >= low else None)
+            if factor <= RELIABLE_FACTOR and a_parameter <= TOKENS_PER_PARAMETER
+            else False,
         ),
         Statement(
             "arXiv 2510.06548",
             "L = A D1^-a1 D2^(-a2 + a3 log D1) + E: the more tokens D1 the base has seen, the slower D2 bring it down",
             "models up to 1.1B; the constants are not included",
             f"D1 = {count(seen)}, {seen / parameters:.3g} a parameter of the base",
-            parameters <= 1.1e9,
+            False if parameters > 1.1e9 else True if parameters >= low else None,
         ),
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from growth_megatron.report.curves import RunSummary
 from growth_megatron.report.power_law import Law, Part, fit_law, law_part
 from growth_megatron.train.record_text import geometry
 
+_PLACES = {True: "inside", False: "OUTSIDE", None: "not known for so small a model"}
 _LATE_SHARE = 10  # one of so many validations of a grown stage is its end
 
 
@@ -40,8 +41,7 @@ def render_advice(advice: Advice, summary: RunSummary, records: Sequence[Mapping
     ]
     rows = [("source", "says", "fitted in", "this run", "")]
     rows += [
-        (each.source, each.says, each.fitted_in, each.this_run, "inside" if each.inside else "OUTSIDE")
-        for each in advice.statements
+        (each.source, each.says, each.fitted_in, each.this_run, _PLACES[each.inside]) for each in advice.statements
     ]
     return "\n".join([*lines, "", *columns(rows), "", *own_curve(summary, records)])
 

@@ -14,6 +14,7 @@ GROWTH_FACTOR = 4
 FITTED_PARAMETERS = (0.37e9, 3e9)
 """The smallest, called 410M, has 374M parameters in all."""
 FITTED_FLOPS = (0.8e20, 1.5e21)
+_FAR = 3.0  # times below what was fitted
 LARGEST_SHARE = 0.25
 """Of the target's tokens, for the base: beyond the fitted range the formula asks for more than there are."""
 
@@ -32,6 +33,11 @@ class Guideline:
     growth_factor: int
     warnings: tuple[str, ...]
 
+    @property
+    def is_covered(self) -> bool:
+        """Whether it is any advice: far below what it was fitted to, the formula rises without bound."""
+        return min(self.parameters / FITTED_PARAMETERS[0], self.flops / FITTED_FLOPS[0]) >= 1 / _FAR
+
 
 def guideline(parameters: float, tokens: float) -> Guideline:
     """log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, with C = 6 N D.
@@ -42,8 +48,8 @@ def guideline(parameters: float, tokens: float) -> Guideline:
 
     Raises: ValueError if one is not positive and finite.
     """
-    if not (0 < parameters < math.inf and 0 < tokens < math.inf):
-        raise ValueError(f"parameters are {parameters} and tokens {tokens}; both must be positive and finite")
+    if not (1 <= parameters < math.inf and 1 <= tokens < math.inf and 6 * parameters * tokens < math.inf):
+        raise ValueError(f"parameters are {parameters:g} and tokens {tokens:g}; both must be finite and at least 1")
     flops = 6 * parameters * tokens
     fitted = 10 ** (0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74)
     warnings = []

@@ -105,7 +105,7 @@ def _facts(summary: RunSummary) -> str:
 
 def _sections(summary: RunSummary, records: Sequence[Record], manifest: Manifest | None) -> Iterable[str]:
     if summary.growths:
-        yield "<h2>Growth</h2>" + _table(_GROWTH_HEAD, map(_growth_row, summary.growths), right=range(4, 9))
+        yield "<h2>Growth</h2>" + _table(_GROWTH_HEAD, map(_growth_row, summary.growths), right=range(4, 8))
     yield "<h2>Stages</h2>" + _table(_STAGE_HEAD, map(_stage_row, summary.stages), right=range(2, 9))
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if evaluations:
@@ -126,9 +126,15 @@ def _sections(summary: RunSummary, records: Sequence[Record], manifest: Manifest
 
 
 _GROWTH_HEAD = (
-    "step", "operator", "model", "moments", "tokens", "validation before", "after", "back after",
+    "step",
+    "operator",
+    "model",
+    "moments",
+    "tokens",
+    "validation loss",
+    "back after",
     "training loss back after",
-)  # fmt: skip
+)
 
 
 def _growth_row(growth: GrowthSummary) -> tuple[str, ...]:
@@ -138,8 +144,7 @@ def _growth_row(growth: GrowthSummary) -> tuple[str, ...]:
         f"{growth.source} → {growth.target}",
         str(growth.optimizer_state),
         count(growth.tokens),
-        fixed(growth.loss_before),
-        fixed(growth.loss_after),
+        f"{fixed(growth.loss_before)} → {fixed(growth.loss_after)}",
         _back(growth.recovered_validation),
         _back(growth.recovered),
     )
@@ -167,20 +172,35 @@ def _stage_row(stage: StageSummary) -> tuple[str, ...]:
 
 
 def _evaluations(records: Sequence[Record]) -> str:
-    """A row for each figure of the newest evaluation of a task, with those before it."""
-    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    """A row for each figure of the newest evaluation of a task with the same settings, with those before it."""
+    found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     for record in records:
+        settings = _settings(record)
         for task, metrics in (record.get("results") or {}).items():
             for metric, value in metrics.items() if isinstance(metrics, Mapping) else ():
                 if isinstance(value, int | float) and "_stderr" not in metric:
                     error = metrics.get(f"{metric}_stderr")
                     spread = f" ± {error:.4f}" if isinstance(error, int | float) else ""
-                    found.setdefault((task, metric), []).append((record["step"], f"{value:.4f}{spread}"))
+                    found.setdefault((task, settings, metric), []).append((record["step"], f"{value:.4f}{spread}"))
     rows = [
-        (task, metric, figures[-1][1], f"{figures[-1][0]:,}", ", ".join(f"{v} ({s:,})" for s, v in figures[-6:-1]))
-        for (task, metric), figures in found.items()
+        (
+            task,
+            settings,
+            metric,
+            figures[-1][1],
+            f"{figures[-1][0]:,}",
+            ", ".join(f"{v} ({s:,})" for s, v in figures[-6:-1]),
+        )
+        for (task, settings, metric), figures in found.items()
     ]
-    return _table(("task", "metric", "value", "step", "earlier (step)"), rows, right=(2, 3))
+    return _table(("task", "settings", "metric", "value", "step", "earlier (step)"), rows, right=(3, 4))
+
+
+def _settings(record: Record) -> str:
+    """What makes two evaluations of a task differ: how many documents, how many examples before each."""
+    limit, shots = record.get("limit"), record.get("num_fewshot")
+    documents = "all documents" if limit is None else f"limit {limit}"
+    return documents + ("" if shots is None else f", {shots}-shot")
 
 
 def _history(summary: RunSummary, manifest: Manifest | None) -> Iterable[str]:

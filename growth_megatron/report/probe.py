@@ -58,10 +58,19 @@ class Candidate:
         return statistics.fmean(middle) - statistics.fmean(self.last)
 
 
-def candidate(name: str, model: str, records: Sequence[Mapping[str, Any]], start: int, steps: int) -> Candidate | None:
+def candidate(
+    name: str,
+    model: str,
+    records: Sequence[Mapping[str, Any]],
+    start: int,
+    steps: int,
+    source_loss: float | None = None,
+) -> Candidate | None:
     """The figures of the run with these ``records``, begun at step ``start``; None unless it was done ``steps`` on.
 
     A run that has gone on since still has that on record.
+
+    Args: source_loss: held-out, of the checkpoint; one that does not grow begins with it.
     """
     until = [r for r in records if r.get("step") is not None and start <= r["step"] <= start + steps]
     train = {r["step"]: r for r in until if r["kind"] == "train" and r.get("loss") is not None}
@@ -74,7 +83,7 @@ def candidate(name: str, model: str, records: Sequence[Mapping[str, Any]], start
     return Candidate(
         name=name,
         model=model,
-        loss_at_start=None if grown is None else grown.get("validation_loss_after"),
+        loss_at_start=source_loss if grown is None else grown.get("validation_loss_after"),
         validation=tuple((step - start, loss) for step, loss in sorted(held.items()) if step > start),
         train=tuple(train[step]["loss"] for step in sorted(train)),
         flops=each * steps,
@@ -126,7 +135,7 @@ def render_ranking(order: Sequence[Candidate], loss_before: float | None) -> str
 def conclusions(order: Sequence[Candidate]) -> list[str]:
     """What the ranking does not settle, one sentence each."""
     best, steps = order[0], len(order[0].train)
-    found = [f"{best.name} is ahead after {steps} steps"]
+    found = [f"candidate {best.name} is ahead after {steps} steps"]
     for other in order[1:]:
         gap, error = behind(other, best)
         if error is not None and gap < 2 * error:

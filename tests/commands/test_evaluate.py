@@ -43,6 +43,7 @@ def test_figures_are_printed_written_and_added_to_the_run(run: Path, capsys: pyt
     )
     (record,) = read_metrics(run)
     assert (record["kind"], record["step"], record["limit"]) == ("evaluation", 0, 4)
+    assert {"consumed_tokens", "flops", "flops_6nd"} < record.keys()
     assert record["results"] == written["results"]
 
 
@@ -68,6 +69,9 @@ def test_of_a_hugging_face_folder_nothing_is_added_anywhere(
         (["--num-fewshot", "-1"], "--num-fewshot -1 is negative"),
         (["--batch-tokens", "0"], "--batch-tokens 0 is not positive"),
         (["--json", "/nowhere/a.json"], "/nowhere is no folder; make it, or name another file"),
+        (["--json", "/"], "--json /: it is a folder; name a file"),
+        (["--tasks", " ,"], "--tasks names no task"),
+        (["--num-fewshot", "50"], "more examples asked for than a task has documents"),
         (["--pp", "2"], "1 ranks do not divide into --tp 1 x --pp 2; give sizes from 1 whose product divides"),
         (["--include-path", "nowhere"], "include path nowhere is no folder"),
     ],
@@ -78,6 +82,7 @@ def test_what_cannot_be_is_refused(
     tasks = ["--tasks", "small_word", "--include-path", str(run.parent / "tasks")]
     assert main(["evaluate", str(run), *tasks, *options]) == EXIT_USAGE
     assert words in capsys.readouterr().err
+    assert len(read_metrics(run)) == 1, "a record of no figures"
 
 
 def test_a_layout_that_does_not_divide_the_model_names_what_does(

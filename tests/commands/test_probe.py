@@ -81,8 +81,8 @@ def test_a_probe_ranks_is_resumed_and_its_best_goes_on_as_if_it_had_never_been_a
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["--steps", "8"], "which has 8 steps; give fewer, or make the stage longer: training.steps=32"),
-        (["--steps", "1"], "shorten it for all candidates: schedule.warmup_steps=1"),
+        (["--steps", "8"], "which has 8 steps; give fewer, or make the stage longer: --set training.steps=32"),
+        (["--steps", "1"], "shorten it for all candidates: --set schedule.warmup_steps=1"),
         (["--steps", "3", "--set", "schedule.rate=1"], "schedule.rate"),
         (["--steps", "3", "--output", "{used}"], "was begun with other settings"),
     ],

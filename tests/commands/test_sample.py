@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from growth_megatron.__main__ import main
+from growth_megatron.commands.sample import BETWEEN
 from growth_megatron.errors import EXIT_OK, EXIT_USAGE
 from tests.ranks import run_ranks
 
@@ -31,7 +32,7 @@ def expected(folder: Path) -> list[str]:
 def test_greedy_text_is_that_of_transformers_at_any_layout(
     small_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = "\n\n".join(expected(small_folder)) + "\n"
+    wanted = f"\n{BETWEEN}\n".join(expected(small_folder)) + "\n"
     sample = ["sample", str(small_folder), *PROMPTS, *GREEDY]
     capsys.readouterr()
     assert main(sample) == EXIT_OK
@@ -58,6 +59,10 @@ def test_lines_of_standard_input_are_prompts(
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["sample", str(small_folder)]) == EXIT_USAGE
     assert '"" as PROMPT begins a document' in capsys.readouterr().err
+    for encoding, errors in (("utf-8", "strict"), ("ascii", "surrogateescape")):  # as Python opens it by locale
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad"), encoding, errors))
+        assert main(["sample", str(small_folder)]) == EXIT_USAGE
+        assert "standard input is not UTF-8" in capsys.readouterr().err
     assert main(["sample", str(small_folder), "", *GREEDY]) == EXIT_OK
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from growth_megatron.checkpoint.folder.manifest import read_manifest
 from growth_megatron.config.document import read
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.plan import parameter_count, plan_run
+from tests.command_line import run_command
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -19,6 +21,7 @@ MODELS = sorted(CONFIGS.glob("models/*.yaml"))
 RUNS = [CONFIGS / "quickstart.yaml", *PAPER]
 COMMANDS = re.findall(r"`(configs/paper/[^`]*)`", (ROOT / "docs" / "paper.md").read_text())
 
+EARLIER = ROOT / "tests" / "fixtures" / "earlier_version" / "run"
 LAYOUTS = re.findall(r"^\|[^|]*\| ([\d,]+) \| `([^`]*)` \| (.*) \|$", (ROOT / "docs" / "layouts.md").read_text(), re.M)
 
 
@@ -65,6 +68,15 @@ def test_every_run_of_the_papers_page_is_planned_and_begins_from_another_of_the_
             is_kept = every is not None and int(step) % every == 0 and int(step) < steps[base]
             assert is_kept or int(step) == steps[base], config.run.directory
     assert {ROOT / shlex.split(command)[0] for command in COMMANDS} == set(PAPER)
+
+
+def test_the_plan_of_a_run_that_begins_from_another_says_what_that_cost_or_that_it_is_not_there(tmp_path):
+    run = str(ROOT / "configs" / "paper" / "depth_direct.yaml")
+    assert "cost, which is not there" in run_command("plan", run).out
+    from_here = run_command("plan", run, f"checkpoint.resume={EARLIER}@3")
+    flops = read_manifest(EARLIER / "checkpoints" / "step_00000003").flops
+    assert f"what {EARLIER}@3 cost, {flops:.3e} FLOPs and 384 tokens; with it" in from_here.out, from_here.printed
+    assert "not counted above" not in run_command("plan", str(CONFIGS / "quickstart.yaml")).out
 
 
 def test_every_layout_for_gpus_of_80_gb_fits_and_takes_the_memory_that_is_stated():

@@ -133,7 +133,7 @@ def test_documents_that_cannot_be_had_are_an_error_with_a_way_out(
         f"task: gone\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/nowhere.jsonl}}}}\n"
         "test_split: test\noutput_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
     )
-    with pytest.raises(ConfigError, match=r"task gone cannot be loaded .*python tools/fetch_benchmarks.py"):
+    with pytest.raises(ConfigError, match=r"task gone cannot be loaded .*Its YAML file says where its documents are"):
         load_tasks(["gone"], tmp_path)
 
 

@@ -124,5 +124,5 @@ def test_the_command_says_it_all_and_refuses_what_is_no_number(tmp_path: Path) -
         "b = -0.2",
     ):
         assert words in said.out
-    for wrong in (["--tokens", "-1"], ["--tokens", "nan"], ["--factor", "1"]):
+    for wrong in (["--tokens", "-1"], ["--tokens", "nan"], ["--factor", "1"], ["--factor", "1000000"]):
         assert run_command("advise", str(run), *wrong).code == 2

@@ -35,7 +35,9 @@ def test_the_command_says_it_and_refuses_what_is_no_size() -> None:
     assert said.code == 0
     assert "11.11 B tokens" in said.out
     assert "warning" in said.out
-    for wrong in ("0", "-1", "nan", "inf"):
+    assert "no advice" not in said.out
+    assert "no advice for so small a target" in run_command("guideline", "--params", "1e6", "--tokens", "6e5").out
+    for wrong in ("0", "-1", "nan", "inf", "0.3", "1e308"):
         outcome = run_command("guideline", "--params", wrong, "--tokens", "2e12")
         assert outcome.code == 2, outcome.printed
         assert "Traceback" not in outcome.printed

@@ -68,6 +68,21 @@ def _hostile_run(folder: Path) -> Path:
     return written(run, records)
 
 
+def test_evaluations_of_other_settings_are_other_rows(tmp_path: Path) -> None:
+    figures: list[tuple[float, dict[str, Any]]] = [
+        (0.5, {"limit": None}),
+        (1.0, {"limit": 0.01, "num_fewshot": 2}),
+        (0.25, {"limit": None}),
+    ]
+    records = [
+        {"kind": "evaluation", "step": 42, "results": {"sciq": {"acc": accuracy}}, **settings}
+        for accuracy, settings in figures
+    ]
+    text = _page(written(tmp_path, [*growing_run(), *records])).text
+    assert re.search(r"sciq\s*all documents\s*acc\s*0.2500\s*42\s*0.5000 \(42\)", text), text
+    assert re.search(r"sciq\s*limit 0.01, 2-shot\s*acc\s*1.0000\s*42", text)
+
+
 def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
