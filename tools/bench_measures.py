@@ -203,8 +203,8 @@ def open_metrics(bench: Bench, run_path: Path, stage: StageConfig) -> Metrics:
     if dist.get_rank():
         return NullMetrics()
     run_path.mkdir(parents=True, exist_ok=True)
-    lengths, total = {stage.name: stage.num_steps}, float(flops_per_token(stage.model)) * stage.tokens_per_step
-    position = Position(lengths, total)
+    flops = float(flops_per_token(stage.model)) * stage.tokens_per_step * stage.num_steps
+    position = Position({stage.name: stage.num_steps}, {stage.name: flops})
     # Standard output is a file by now.
     console = LiveConsole(RichConsole(force_terminal=True), position) if bench.live else None
     return MetricsLogger(run_path, bench.config.logging, position, console=console)

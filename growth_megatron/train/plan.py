@@ -151,11 +151,16 @@ def tokens_of_stages(config: RunConfig) -> list[int]:
     return [tokens + (phase.tokens if phase else 0) for tokens, phase in zip(own, phases, strict=True)]
 
 
+def flops_of_stages(config: RunConfig) -> list[int]:
+    """Of each stage, with those of learning maps for it."""
+    phases = [plan_learning(config, index, 1) for index in range(len(config.stages))]
+    own = [stage.num_steps * stage.tokens_per_step * flops_per_token(stage.model) for stage in config.stages]
+    return [flops + (phase.flops if phase else 0) for flops, phase in zip(own, phases, strict=True)]
+
+
 def total_flops(config: RunConfig) -> int:
     """Of all stages, and of learning maps."""
-    phases = (plan_learning(config, index, 1) for index in range(len(config.stages)))
-    stages = sum(stage.num_steps * stage.tokens_per_step * flops_per_token(stage.model) for stage in config.stages)
-    return stages + sum(phase.flops for phase in phases if phase)
+    return sum(flops_of_stages(config))
 
 
 def plan_learning(config: RunConfig, index: int, data_parallel_size: int) -> LearningPlan | None:

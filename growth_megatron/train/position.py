@@ -14,7 +14,7 @@ from growth_megatron.config.lines import geometry_changes
 from growth_megatron.config.run_schema import RunConfig
 from growth_megatron.config.schema import ModelConfig
 from growth_megatron.config.units import duration
-from growth_megatron.train.plan import total_flops
+from growth_megatron.train.plan import flops_of_stages
 from growth_megatron.train.record_text import Record
 
 _LOSSES = 600
@@ -29,7 +29,8 @@ def position_of(config: RunConfig) -> Position:
         if (words := _growth_words(source, stage.model))
     }
     steps = {stage.name: stage.num_steps for stage in config.stages}
-    return Position(steps, float(total_flops(config)), config.logging.interval_steps, growths)
+    flops = dict(zip(steps, map(float, flops_of_stages(config)), strict=True))
+    return Position(steps, flops, config.logging.interval_steps, growths)
 
 
 def _growth_words(source: ModelConfig, target: ModelConfig) -> str:
@@ -44,7 +45,7 @@ class Position:
 
     Args:
         stage_steps: steps of each stage by name, in order.
-        total_flops: of the whole run, for the time it still needs; without it only the stage's is known.
+        stage_flops: of each stage, for the time the run still needs; without them only the stage's is known.
         interval_steps: from one training record to the next.
         growths: by the name of a stage, what grows before it, as ``8 -> 32 layers``.
     """
@@ -52,12 +53,12 @@ class Position:
     def __init__(
         self,
         stage_steps: Mapping[str, int],
-        total_flops: float | None = None,
+        stage_flops: Mapping[str, float] = MappingProxyType({}),
         interval_steps: int = 10,
         growths: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.stage_steps = dict(stage_steps)
-        self.total_flops = total_flops
+        self.stage_flops = stage_flops
         self.interval_steps = interval_steps
         self.growths = growths
         self._reset()
@@ -176,9 +177,12 @@ class Position:
         """Seconds to the end of the run: the FLOPs left at the present pace, since later models are larger."""
         if self.step - self.stage_step + self.stage_length == self.total_steps:
             return self.stage_eta_s(record)
-        if self.total_flops is None or not self._flops_pace.per_s or record.get("flops") is None:
+        if self.stage not in self.stage_flops or not self._flops_pace.per_s:
             return None
-        return float(max(self.total_flops - record["flops"], 0) / self._flops_pace.per_s)
+        names = list(self.stage_steps)
+        later = sum(self.stage_flops[name] for name in names[names.index(self.stage) + 1 :])
+        here = self.stage_flops[self.stage] * max(1 - self.stage_step / max(self.stage_length, 1), 0)
+        return (here + later) / self._flops_pace.per_s
 
 
 class Pace:

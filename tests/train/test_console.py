@@ -82,7 +82,7 @@ def test_figures_of_tasks_are_a_line() -> None:
 def test_the_live_view_shows_both_bars_and_survives_markup_in_events() -> None:
     screen = io.StringIO()
     output = RichConsole(file=screen, force_terminal=True, width=120, color_system=None)
-    console = LiveConsole(output, Position(STAGES, 60e9))
+    console = LiveConsole(output, Position(STAGES, {"base": 20e9, "grown": 40e9}))
     console.record({"kind": "train"} | train_fields(10))
     console.record({"kind": "event", "message": "[/bold] not markup"})
     console.progress(11, "base")
@@ -126,7 +126,7 @@ def test_the_live_view_fits_the_terminal_and_lines_are_cut_at_words(width: int) 
     screen = io.StringIO()
     output = RichConsole(file=screen, width=width)
     name = "a_stage_with_a_long_name_of_its_own"
-    position = Position({name: 300_000, "grown": 10}, 1e20, growths={"grown": "wide " * 30})
+    position = Position({name: 300_000, "grown": 10}, {name: 9e19, "grown": 1e19}, growths={"grown": "wide " * 30})
     console = LiveConsole(output, position)
     for step in range(1, 200):
         position.take({"kind": "train", "time": float(step)} | train_fields(step, name, mfu=0.5))
@@ -178,16 +178,21 @@ def test_watch_shows_a_run_that_is_done_and_follows_one_that_goes_on_through_a_r
     assert "is no run directory; give the run.directory" in nothing.err
 
 
-def test_remaining_time_of_a_growing_run_goes_by_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining_time_of_a_growing_run_goes_by_flops_also_where_it_branched_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     monkeypatch.setattr("growth_megatron.train.position.time.monotonic", lambda: now[0])
-    position = Position(STAGES, total_flops=20e9 + 40 * 4e9)  # a grown step costs four times as much
-    for step in range(1, 11):
-        now[0] = float(step)
-        position.take({"kind": "train", "step": step, "stage": "base", "flops": step * 1e9})
-    record = {"flops": 10e9}
-    assert position.stage_eta_s(record) == pytest.approx(10)
-    assert position.run_eta_s(record) == pytest.approx(10 + 160)
+    costs = {"base": 20e9, "grown": 40 * 4e9}  # a grown step costs four times as much
+    for before in (0, 1000):  # steps of another run that this one branched off, which cost 1e15
+        position = Position(STAGES, costs)
+        for step in range(1, 11):
+            now[0] += 1.0
+            flops = step * 1e9 + (1e15 if before else 0.0)
+            fields = {"step": before + step, "stage": "base", "stage_step": step, "flops": flops}
+            position.take({"kind": "train"} | fields)
+        assert position.stage_eta_s(fields) == pytest.approx(10)
+        assert position.run_eta_s(fields) == pytest.approx(10 + 160)
 
 
 @pytest.mark.parametrize(
