@@ -1,13 +1,12 @@
 """Pictures of a run.
 
-Owns: the loss curve against tokens and FLOPs.
+Owns: the loss curve against FLOPs, alone and beside others.
 Does not own: the figures (``report.curves``).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,20 @@ _GROUPS = ("#4a5568", "#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#9
 
 
 def plot_loss(run_directory: str | Path, output_png: str | Path) -> Path:
-    """Training loss (raw faint, smoothed) and validation loss against tokens and against FLOPs; growths are marked.
+    """Training loss (raw faint, smoothed) and validation loss against FLOPs; growths are marked.
 
     Raises:
         ConfigError: matplotlib is not installed.
         DataError: no training step in the metrics yet.
     """
-    figure = _figure(11, 4.4)
+    figure = _figure(8, 4.8)
     directory, output = Path(run_directory), Path(output_png)
-    records = joined_records(directory)
+    records = [r for r in joined_records(directory) if r["kind"] == "growth" or r.get("flops") is not None]
     train = [r for r in records if r["kind"] == "train" and r.get("loss") is not None]
     if not train:
         raise DataError(f"{directory} has no training loss in its metrics yet; let the run go on first")
     validation = [r for r in records if r["kind"] == "validation" and r.get("validation_loss") is not None]
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, quantity, unit in zip(axes, ("consumed_tokens", "flops"), ("tokens", "FLOPs"), strict=True):
-        _panel(axis, quantity, unit, train, validation, [r for r in records if r["kind"] == "growth"])
-    axes[0].set_ylabel("loss (nats per token)")
-    axes[0].legend(frameon=False, loc="upper right")
+    _panel(figure.subplots(), train, validation, [r for r in records if r["kind"] == "growth"])
     figure.suptitle(directory.resolve().name, fontsize=11, x=0.01, ha="left", fontweight="bold")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
@@ -68,16 +63,8 @@ def plot_comparison(
         ends.append((losses[-1], costs[-1], name, color))
     margin = 0.05 * (max(late) - min(late) or 1.0)
     axis.set_ylim(min(late) - margin, max(late) + margin)  # the fall from the random start runs off the top
-    ends.sort()
-    heights = apart([loss for loss, *_ in ends], margin)
-    for height, (_, at, name, color) in zip(heights, ends, strict=True):
-        axis.annotate(name, (at, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
-                      color=color, fontweight="bold", annotation_clip=False)  # fmt: skip
-    axis.set_xlim(left=0)
-    axis.set_xlabel(f"{cost} of training, the base's counted")
-    axis.set_ylabel(f"{loss} (nats per token)")
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    _label_ends(axis, ends, margin)
+    _finish(axis, cost, loss)
     output_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output_png)
     return output_png
@@ -112,28 +99,41 @@ def smooth(values: Sequence[float], half_width: int) -> list[float]:
     return smoothed
 
 
-def _panel(
-    axis: Any, quantity: str, unit: str, train: Sequence[Any], validation: Sequence[Any], growths: Sequence[Any]
-) -> None:
+def _panel(axis: Any, train: Sequence[Any], validation: Sequence[Any], growths: Sequence[Any]) -> None:
     losses = [r["loss"] for r in train]
-    scale, label = _scaled(train[-1][quantity], unit)
-    axis.plot([r[quantity] / scale for r in train], losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    axis.plot([r["flops"] for r in train], losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
     for stage in dict.fromkeys(r["stage"] for r in train):  # smoothing across a growth would hide its jump
         part = [r for r in train if r["stage"] == stage]
-        x = [r[quantity] / scale for r in part]
-        axis.plot(x, smooth([r["loss"] for r in part], len(train) // 50), color=_TRAIN, linewidth=1.7,
-                  label="training" if part[0] is train[0] else None)  # fmt: skip
-    points = [(r[quantity] / scale, r["validation_loss"]) for r in validation]
+        smoothed = smooth([r["loss"] for r in part], len(train) // 25)
+        axis.plot([r["flops"] for r in part], smoothed, color=_TRAIN, linewidth=1.7)
+    ends = [(smoothed[-1], train[-1]["flops"], "training", _TRAIN)]
+    points = [(r["flops"], r["validation_loss"]) for r in validation]
     if points:
-        axis.plot(*zip(*points, strict=True), color=_VALIDATION, marker="o", markersize=3.5, linewidth=1.2,
-                  label="validation")  # fmt: skip
-    axis.set_ylim(*_limits(losses, [loss for _, loss in points]))
+        axis.plot(*zip(*points, strict=True), color=_VALIDATION, marker="o", markersize=3.5, linewidth=1.2)
+        ends.append((points[-1][1], points[-1][0], "validation", _VALIDATION))
+    low, high = _limits(losses, [loss for _, loss in points])
+    axis.set_ylim(low, high)
+    _label_ends(axis, ends, 0.05 * (high - low))
     for growth in growths:
-        at = [r[quantity] for r in (*train, *validation) if r["step"] <= growth["step"]]
+        at = [r["flops"] for r in (*train, *validation) if r["step"] <= growth["step"]]
         if at:
-            _mark_growth(axis, max(at) / scale, growth)
-    axis.set_xlabel(label)
+            _mark_growth(axis, max(at), growth)
+    _finish(axis, "FLOPs", "loss")
+
+
+def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]], gap: float) -> None:
+    """Names in their colours behind the ends of lines, given as loss, cost, name and colour."""
+    ends = sorted(ends)
+    heights = apart([loss for loss, *_ in ends], gap)
+    for height, (_, at, name, color) in zip(heights, ends, strict=True):
+        axis.annotate(name, (at, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
+                      color=color, fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def _finish(axis: Any, cost: str, loss: str) -> None:
     axis.set_xlim(left=0)
+    axis.set_xlabel(f"{cost} of training, the base's counted")
+    axis.set_ylabel(f"{loss} (nats per token)")
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -163,12 +163,3 @@ def _limits(train: Sequence[float], validation: Sequence[float]) -> tuple[float,
     low = min([*train, *validation])
     margin = 0.05 * max(high - low, 1e-3)
     return low - margin, high + margin
-
-
-def _scaled(largest: float, unit: str) -> tuple[float, str]:
-    """The power of 1000 that brings the largest value to 1 to 1000, and the axis label that says so."""
-    power = int(math.log10(largest) // 3) * 3 if largest >= 1000 else 0
-    names = {0: unit, 3: f"thousand {unit}", 6: f"million {unit}", 9: f"billion {unit}", 12: f"trillion {unit}"}
-    if power and (unit == "FLOPs" or power not in names):
-        return 10.0**power, f"{unit} ($10^{{{power}}}$)"
-    return 10.0**power, names[power]
