@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
         held_out = all("validation" in run.curves for group in everything.values() for run in group)
         kind = "validation" if held_out else "train"
         for cost, name in PICTURES.items():
-            if (shown := _shown(everything, kind, cost)) is not None:
+            if (shown := _shown(everything, kind, cost)) is None:
+                print(f"no plot against {COSTS[cost]}: not all of the runs have them")
+            else:
                 print(f"plot: {plot_comparison(shown, LOSSES[kind], COSTS[cost], folder / name)}")
     return EXIT_OK
 

@@ -20,6 +20,7 @@ from growth_megatron.config.tables import columns
 from growth_megatron.config.units import fixed
 from growth_megatron.errors import DataError
 from growth_megatron.report.joined import joined_records
+from growth_megatron.report.plots import smooth
 
 COSTS = {"flops": "FLOPs", "flops_6nd": "FLOPs (6 N D)", "consumed_tokens": "tokens"}
 LOSSES = {"validation": "held-out loss", "train": "smoothed training loss"}
@@ -105,9 +106,8 @@ def _smoothed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for stage in dict.fromkeys(record["stage"] for record in records):
         part = [record for record in records if record["stage"] == stage]
         reach = min(max(1, len(records) // _WINDOW), (len(part) - 1) // 2)
-        for at in range(reach, len(part) - reach):
-            window = [record["loss"] for record in part[at - reach : at + reach + 1]]
-            smoothed.append({**part[at], "loss": statistics.fmean(window)})
+        losses = smooth([record["loss"] for record in part], reach)
+        smoothed += [{**part[at], "loss": losses[at]} for at in range(reach, len(part) - reach)]
     return smoothed
 
 

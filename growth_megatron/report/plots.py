@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,11 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
 
 def smooth(values: Sequence[float], half_width: int) -> list[float]:
     """Centred moving average, narrower towards both ends, so that it neither lags nor bends them."""
+    sums = list(accumulate(values, initial=0.0))
     smoothed = []
     for index in range(len(values)):
         reach = min(half_width, index, len(values) - 1 - index)
-        window = values[index - reach : index + reach + 1]
-        smoothed.append(sum(window) / len(window))
+        smoothed.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
     return smoothed
 
 
