@@ -12,7 +12,7 @@ From a fresh checkout to a grown model: environment, corpus, tokenizer, data, tr
     a.b=c            overrides of configs/quickstart.yaml
 
 Asks nothing, needs no GPU, writes only to .venv, data/ and runs/. What is finished is skipped; interrupted, the same
-command goes on where it was. Minutes on two cores, twice as many with scratch, after the downloads (torch, and 4.5 MB
+command goes on where it was. About five minutes on two cores, ten with scratch, after the downloads (torch, and 4.5 MB
 of speeches).
 
 Examples
@@ -33,15 +33,39 @@ step() {
     echo "== $number/$steps $*"
 }
 
-case ${1:-} in
-    -h | --help) usage; exit 0 ;;
-    --with-scratch) with_scratch=yes steps=9; shift ;;
-esac
+# Trains; a signal to this shell goes on to the run, which saves and ends.
+train() {
+    echo "bash launch/torchrun.sh $*"
+    set -m # or the run in the background would ignore Ctrl-C
+    bash launch/torchrun.sh "$@" &
+    local run=$! code=
+    set +m
+    trap 'kill -TERM $run 2>/dev/null || true' TERM HUP
+    trap 'kill -INT $run 2>/dev/null || true' INT
+    while :; do
+        code=0
+        wait "$run" || code=$?
+        kill -0 "$run" 2>/dev/null || break # else it was the signal that ended the wait
+    done
+    trap - TERM HUP INT
+    [ "$code" = 0 ] || exit "$code"
+}
+
+overrides=()
+for argument in "$@"; do
+    case $argument in
+        -h | --help) usage; exit 0 ;;
+        --with-scratch) with_scratch=yes steps=9 ;;
+        -*) exit_code=2 die "unknown option $argument; see bash launch/quickstart.sh --help" ;;
+        *) overrides+=("$argument") ;;
+    esac
+done
+set -- ${overrides[@]+"${overrides[@]}"}
 cd "$repository"
 config=configs/quickstart.yaml
 
 step "environment"
-environment_install plot
+environment_install eval,hf,plot
 python=$venv/bin/python
 export PATH=$venv/bin:$PATH
 
@@ -86,8 +110,7 @@ done
 
 step "training (continues where it was; logs and checkpoints in $run)"
 processes=${QUICKSTART_PROCESSES:-2}
-echo "bash launch/torchrun.sh -n $processes $config $*"
-bash launch/torchrun.sh -n "$processes" "$config" "$@"
+train -n "$processes" "$config" "$@"
 
 step "report"
 growth-megatron report "$run"
@@ -95,8 +118,7 @@ growth-megatron report "$run"
 if [ -n "$with_scratch" ]; then
     step "the grown size from scratch, on as many FLOPs"
     scratch=$("$python" launch/from_scratch.py "$config" "$@") || exit 2
-    echo "bash launch/torchrun.sh -n $processes $scratch"
-    bash launch/torchrun.sh -n "$processes" "$scratch"
+    train -n "$processes" "$scratch"
 
     step "what did growth save? (one seed, one size: docs/results.md has more)"
     growth-megatron compare "grown=$run" --baseline "scratch=${run%/}_scratch" --output "${run%/}_comparison"

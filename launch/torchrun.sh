@@ -40,6 +40,9 @@ while getopts ":hn:" option; do
 done
 shift $((OPTIND - 1))
 [ $# -ge 1 ] || { usage >&2; exit 2; }
+for argument in "${@:2}"; do
+    [ "${argument#-}" = "$argument" ] || die "options stand before CONFIG.yaml, as in: bash launch/torchrun.sh -n 2 $1"
+done
 [ -f "$1" ] || die "no such configuration file: $1"
 
 python=$(environment_python)

@@ -83,7 +83,9 @@ def prepare_checkout(folder: Path, prepared_corpus: Path) -> None:
     data.mkdir(parents=True)
     for name in ("tokenizer.model", *(f"{part}.{end}" for part in ("train", "validation") for end in ("bin", "idx"))):
         shutil.copy2(prepared_corpus / name, data / name)
-    shutil.copytree(prepared_corpus / "text_train", folder / "corpus")
+    (folder / "corpus").mkdir()
+    for page in PAGES:
+        shutil.copy2(page, folder / "corpus" / f"{page.stem}.txt")
 
 
 def prepare_run(folder: Path) -> None:

@@ -54,7 +54,8 @@ def _batch_problems(stage: StageConfig, data_parallel_size: int, key: str, batch
     if batch % unit:
         return [
             f"{key} {batch} is not a multiple of micro_batch_size {micro} x data-parallel size "
-            f"{data_parallel_size} = {unit}; set it to {_nearest_multiples(batch, unit)}"
+            f"{data_parallel_size} = {unit}; set it to {_nearest_multiples(batch, unit)}, or keep the batch with a "
+            "smaller micro_batch_size or fewer ranks"
         ]
     micro_batches = batch // unit
     if stage.parallel.model_chunks > 1 and micro_batches % pipeline:

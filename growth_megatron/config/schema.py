@@ -338,7 +338,7 @@ class StageConfig(Section):
             text = f"{training.micro_batch_size} does not divide global_batch_size {training.global_batch_size}"
             problems.append(("training.micro_batch_size", f"{text}; allowed: {divisors(training.global_batch_size)}"))
         if schedule.warmup_steps > self.num_steps > 0:
-            text = f"{schedule.warmup_steps} is longer than the stage ({self.num_steps} steps); shorten it"
+            text = f"{schedule.warmup_steps} is longer than the stage; set it to {self.num_steps} or less"
             problems.append(("schedule.warmup_steps", text))
         return problems
 

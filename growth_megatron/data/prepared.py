@@ -77,7 +77,7 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
     missing = [str(suffixed(prefix, suffix)) for suffix in (".bin", ".idx") if not suffixed(prefix, suffix).is_file()]
     if missing:
         raise DataError(
-            f"dataset file {' and '.join(missing)} does not exist; prepare it with `growth-megatron prepare-data "
+            f"no such dataset file: {', '.join(missing)}; prepare it with `growth-megatron prepare-data "
             f"INPUT --tokenizer TOKENIZER --output {prefix}` or correct the path in data.train / data.validation"
         )
     idx = suffixed(prefix, ".idx")

@@ -132,7 +132,7 @@ _GROWTH_HEAD = (
     "moments",
     "tokens",
     "validation loss",
-    "back after",
+    "it was back after",
     "training loss back after",
 )
 
@@ -199,7 +199,9 @@ def _evaluations(records: Sequence[Record]) -> str:
 def _settings(record: Record) -> str:
     """What makes two evaluations of a task differ: how many documents, how many examples before each."""
     limit, shots = record.get("limit"), record.get("num_fewshot")
-    documents = "all documents" if limit is None else f"limit {limit}"
+    documents = (
+        "all documents" if limit is None else f"limit {limit:g}" if isinstance(limit, int | float) else f"limit {limit}"
+    )
     return documents + ("" if shots is None else f", {shots}-shot")
 
 

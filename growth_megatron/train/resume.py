@@ -7,7 +7,8 @@ Does not own: the walk over the stages (``train.stages``), the data's fingerprin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from growth_megatron.growth.ramps import describe_ramps, last_step, mask_ramps
 from growth_megatron.parallel import collectives
 
 NEXT_LAYOUT_NAME = "next_layout.json"
+
+_STAGE = re.compile(r"stages\.(\d+)\.")
 
 
 def find_start(directory: RunDirectory, loaded: LoadedConfig) -> ResumeChoice:
@@ -227,9 +230,21 @@ def _show_changes(path: Path, config: RunConfig) -> None:
     except GrowthMegatronError:
         return  # stored by another version; the checkpoint itself has been checked
     after = _flat(config.model_dump())
+    for line in _changes(before, after):
+        print(f"config changed since this checkpoint: {line}", flush=True)
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each value that differs, and one for a whole stage that only one of the two has."""
+    stages = [{match[1] for name in each if (match := _STAGE.match(name))} for each in (before, after)]
+    for number in sorted(stages[0] ^ stages[1], key=int):
+        has, end = (after, "is new") if number in stages[1] else (before, "is no longer in it")
+        yield f"stage {has[f'stages.{number}.name']} {end}"
+    shared = stages[0] & stages[1]
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            print(f"config changed since this checkpoint: {name}: {before.get(name)} -> {after.get(name)}", flush=True)
+        match = _STAGE.match(name)
+        if before.get(name) != after.get(name) and (match is None or match[1] in shared):
+            yield f"{name}: {before.get(name)} -> {after.get(name)}"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

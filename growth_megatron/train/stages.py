@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,6 +43,7 @@ from growth_megatron.errors import (
     EXIT_STOPPED_EARLY,
     CheckpointError,
     DamagedError,
+    DataError,
     GrowthMegatronError,
 )
 from growth_megatron.growth.execute import GrowthResult
@@ -58,7 +60,7 @@ from growth_megatron.train.growing import grow_stage, just_grown, record_growth,
 from growth_megatron.train.health import RollBack
 from growth_megatron.train.learning import forget_phase
 from growth_megatron.train.loop import RunContext, StageLoop, TaskEvaluation
-from growth_megatron.train.metrics import Metrics, MetricsLogger, NullMetrics
+from growth_megatron.train.metrics import FILE_NAME, Metrics, MetricsLogger, NullMetrics, read_metrics
 from growth_megatron.train.parameter_groups import ParameterGroups
 from growth_megatron.train.plan import tokens_of_stages
 from growth_megatron.train.position import position_of
@@ -301,6 +303,7 @@ def _open_metrics(directory: RunDirectory, loaded: LoadedConfig) -> MetricsLogge
 def _rewind(context: RunContext, choice: ResumeChoice) -> None:
     manifest = choice.manifest
     if manifest is None:
+        collectives.on_rank_zero(partial(_say_what_is_gone, context.directory))
         collectives.on_rank_zero(partial(context.metrics.rewind, -1))
         return
     config = context.loaded.config
@@ -309,6 +312,25 @@ def _rewind(context: RunContext, choice: ResumeChoice) -> None:
         check_fingerprint(manifest.data_fingerprint, now, choice.path or "PATH")
     ends_stage = Counters.of_manifest(manifest).ends_stage(config)
     collectives.on_rank_zero(partial(context.metrics.rewind, manifest.step, before_growth=ends_stage))
+
+
+def _say_what_is_gone(directory: RunDirectory) -> None:
+    """Where the metrics know of checkpoints and none is left; they are kept beside the new ones."""
+    path = directory.path / FILE_NAME
+    if not path.exists():
+        return
+    try:
+        saved = [record["step"] for record in read_metrics(directory.path) if record["kind"] == "checkpoint"]
+    except DataError:
+        saved = []
+    if saved:
+        kept = path.with_name(f"metrics_before_{time.strftime('%Y%m%d_%H%M%S')}.jsonl")
+        path.replace(kept)
+        print(
+            f"none of the checkpoints that {path} tells of is left (up to step {max(saved)}): the run begins anew; its "
+            f"earlier metrics are {kept}",
+            flush=True,
+        )
 
 
 def _say_start(context: RunContext, choice: ResumeChoice) -> None:

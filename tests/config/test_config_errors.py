@@ -93,7 +93,7 @@ WRONG = {
     ),
     "no length": ("  steps: 20\n", "", "18: training", "exactly one of the two"),
     "warm-up too long": (
-        "learning_rate: 1e-3", "learning_rate: 1e-3\n  warmup_steps: 50", "18: schedule.warmup_steps", "shorten it",
+        "learning_rate: 1e-3", "learning_rate: 1e-3\n  warmup_steps: 50", "18: schedule.warmup_steps", "to 20 or less",
     ),
     "minimum above peak": (
         "learning_rate: 1e-3", "learning_rate: 1e-3\n  min_learning_rate: 1",

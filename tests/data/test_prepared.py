@@ -54,13 +54,13 @@ def test_good_data_pass(blended: DataConfig, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_missing_file_names_path_and_command(copy: str, tokenizer: Tokenizer, suffix: str) -> None:
     Path(copy + suffix).unlink()
-    with pytest.raises(DataError, match=rf"data\{suffix} does not exist.*growth-megatron prepare-data"):
+    with pytest.raises(DataError, match=rf"no such dataset file: .*data\{suffix}; .*growth-megatron prepare-data"):
         check_data(config(copy, tokenizer), tokenizer.vocab_size)
 
 
 def test_validation_files_are_checked_too(copy: str, prepare: Prepare, tokenizer: Tokenizer) -> None:
     Path(copy + ".bin").unlink()
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="no such dataset file"):
         check_data(config(prepare(12, 5), tokenizer, validation=[{"path": copy}]), tokenizer.vocab_size)
 
 

@@ -8,11 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from growth_megatron.config.run_schema import RunConfig
+from growth_megatron.errors import EXIT_STOPPED_EARLY, EXIT_USAGE
 from growth_megatron.growth.configuration import load_config
 from growth_megatron.train.plan import plan_run
 from tests.pool import ROOT, TIMEOUT_S, environment
@@ -28,7 +34,7 @@ def _environment(folder: Path) -> dict[str, str]:
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
         script.chmod(0o755)
     stands_in = {**environment(), "GROWTH_MEGATRON_VENV": str(folder), "QUICKSTART_PROCESSES": "1", "PIP_NO_INDEX": "1"}
-    stamp = f"source launch/environment.sh; {{ {STAMP}; }} | sha256sum > $venv/.installed-plot"
+    stamp = f"source launch/environment.sh; {{ {STAMP}; }} | sha256sum > $venv/.installed-eval-hf-plot"
     subprocess.run(["bash", "-c", stamp], cwd=ROOT, env=stands_in, check=True)
     return stands_in
 
@@ -62,16 +68,7 @@ def test_the_scratch_run_has_the_last_model_and_data_and_as_many_flops(tmp_path:
 
 
 def test_the_quickstart_with_scratch_compares_the_two_runs_and_draws_them(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    _corpus(data / "corpus")
-    changes = [
-        f"run.directory={tmp_path / 'run'}", f"data.tokenizer={data / 'tokenizer.model'}",
-        f"data.train.0.path={data / 'train'}", f"data.validation.0.path={data / 'validation'}", "model.vocab_size=512",
-        "model.hidden_size=24", "model.ffn_hidden_size=32", "model.sequence_length=64", "schedule.warmup_steps=1",
-        "evaluation.interval_steps=2", "evaluation.samples=8", "logging.interval_steps=1",
-        "stages.base.training.steps=4", "stages.grown.training.steps=4", "stages.grown.model.num_layers=6",
-    ]  # fmt: skip
-    command = ["bash", str(ROOT / "launch" / "quickstart.sh"), "--with-scratch", *changes]
+    command = _quickstart(tmp_path, 4, "--with-scratch")
     done = subprocess.run(
         command, env=_environment(tmp_path / "venv"), capture_output=True, text=True, timeout=TIMEOUT_S
     )
@@ -81,3 +78,53 @@ def test_the_quickstart_with_scratch_compares_the_two_runs_and_draws_them(tmp_pa
     assert os.path.getsize(tmp_path / "run_comparison" / "comparison.png") > 10_000
     figures = json.loads((tmp_path / "run_comparison" / "comparison.json").read_text())
     assert figures["baseline"] == [str(tmp_path / "run_scratch")]
+
+
+def _quickstart(tmp_path: Path, steps: int, *options: str) -> list[str]:
+    """The command for ``steps`` of small models in each stage, its options behind the overrides."""
+    data = tmp_path / "data"
+    _corpus(data / "corpus")
+    changes = [
+        f"run.directory={tmp_path / 'run'}", f"data.tokenizer={data / 'tokenizer.model'}",
+        f"data.train.0.path={data / 'train'}", f"data.validation.0.path={data / 'validation'}", "model.vocab_size=512",
+        "model.hidden_size=24", "model.ffn_hidden_size=32", "model.sequence_length=64", "schedule.warmup_steps=1",
+        "evaluation.interval_steps=2", "evaluation.samples=8", "logging.interval_steps=1",
+        f"stages.base.training.steps={steps}", f"stages.grown.training.steps={steps}",
+        "stages.grown.model.num_layers=6",
+    ]  # fmt: skip
+    return ["bash", str(ROOT / "launch" / "quickstart.sh"), *changes, *options]
+
+
+def test_a_signal_to_the_quickstarts_shell_ends_the_run_which_saves(tmp_path: Path) -> None:
+    command, log = _quickstart(tmp_path, 100_000), tmp_path / "log"
+    with log.open("w") as output:
+        shell = subprocess.Popen(
+            command, env=_environment(tmp_path / "venv"), stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            metrics, ends = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+            while not (metrics.exists() and '"train"' in metrics.read_text()):
+                assert time.monotonic() < ends, log.read_text()[-3000:]
+                assert shell.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.1)
+            shell.send_signal(signal.SIGTERM)
+            assert shell.wait(TIMEOUT_S) == EXIT_STOPPED_EARLY, log.read_text()[-3000:]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+    assert "stopped early on request" in log.read_text()
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("quickstart.sh", ["--with-scrach"], "unknown option --with-scrach"),
+        ("torchrun.sh", ["configs/quickstart.yaml", "-n", "2"], "options stand before CONFIG.yaml"),
+    ],
+)
+def test_an_option_that_is_none_or_in_the_wrong_place_is_told(script: str, arguments: list[str], words: str) -> None:
+    command = ["bash", f"launch/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == EXIT_USAGE
+    assert words in done.stderr

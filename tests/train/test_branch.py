@@ -56,6 +56,28 @@ def _losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(run) if record["kind"] == "train"}
 
 
+def test_a_stage_that_a_configuration_no_longer_has_is_one_line_among_what_changed(
+    parent: Path, tmp_path: Path
+) -> None:
+    said = _train(_one_stage(parent, tmp_path, 2, 2, mode="branch")).out
+    changed = [line for line in said.splitlines() if line.startswith("config changed")]
+    assert sum("is no longer in it" in line for line in changed) == 1, said
+    assert not [line for line in changed if "stages.1." in line]
+    assert [line for line in changed if "stages.0.training.steps: 4 -> 2" in line]
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so_and_keeps_its_metrics(parent: Path, tmp_path: Path) -> None:
+    shutil.copytree(parent / "run", tmp_path / "run", symlinks=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    said = _train(parent / "config.yaml", f"run.directory={tmp_path / 'run'}").out
+    (kept,) = (tmp_path / "run").glob("metrics_before_*.jsonl")
+    assert f"is left (up to step 8): the run begins anew; its earlier metrics are {kept}" in said
+    assert kept.read_bytes() == before
+    again = _train(parent / "config.yaml", f"run.directory={tmp_path / 'run'}").out
+    assert "begins anew" not in again
+
+
 @pytest.mark.parametrize(("layers", "step"), [(2, 2), (4, 6)])
 def test_a_branch_off_any_stage_repeats_its_parents_next_steps_bitwise(
     parent: Path, tmp_path: Path, layers: int, step: int
