@@ -112,7 +112,8 @@ def _sections(summary: RunSummary, records: Sequence[Record], manifest: Manifest
         yield "<h2>Evaluation</h2>" + _evaluations(evaluations)
     yield from _history(summary, manifest)
     events = [r for r in records if r["kind"] == "event"]
-    rows = [(str(r.get("step", "")), str(r.get("event", "")), str(r.get("message", ""))) for r in events]
+    told = ((str(r.get("step", "")), str(r.get("event", "")), str(r.get("message", ""))) for r in events)
+    rows = list(dict.fromkeys(told))  # the command given again for a complete run says the same again
     left_out = (
         f'<p class="soft">The last {_LARGEST_EVENTS:,} of {len(rows):,}.</p>' if len(rows) > _LARGEST_EVENTS else ""
     )

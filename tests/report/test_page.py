@@ -83,6 +83,11 @@ def test_evaluations_of_other_settings_are_other_rows(tmp_path: Path) -> None:
     assert re.search(r"sciq\s*limit 0.01, 2-shot\s*acc\s*1.0000\s*42", text)
 
 
+def test_an_event_that_is_told_again_is_one_row(tmp_path: Path) -> None:
+    done = {"kind": "event", "step": 42, "event": "done", "message": "run complete: 42 steps"}
+    assert _page(written(tmp_path, [*growing_run(), done, done])).text.count("run complete: 42 steps") == 1
+
+
 def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
