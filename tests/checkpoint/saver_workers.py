@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ def overwritten_while_it_is_saved(directory: str, layout: dict[str, Any], apart:
         during = save.finish()
     sums = [{name: entry.sha256 for name, entry in files.items()} for files in (before, during)]
     return {"before": sums[0], "during": sums[1], "written": written}
+
+
+def threads_behind_a_failed_save(directory: str) -> dict[str, Any]:
+    """The error of a save whose first file cannot be written, and which threads still write when it is raised."""
+    write, calls = saver._write_file, []
+
+    def fail_first(path: Path, items: Any, hurry: threading.Event) -> Any:
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device", str(path))
+        time.sleep(1.0)
+        return write(path, items, hurry)
+
+    saver._write_file = fail_first
+    with fresh_engine(stage_of({})) as engine:
+        save = start_save(_folder(directory, "failed"), engine.models, engine.optimizer)
+        try:
+            save.finish()
+            said = ""
+        except (CheckpointError, OSError) as error:
+            said = str(error)
+        writing = [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    return {"said": said, "writing": writing, "files": len(calls)}
 
 
 def forks_of_saves(directory: str) -> int:

@@ -35,6 +35,13 @@ def test_no_save_forks_a_process(tmp_path: Path) -> None:
     assert run_ranks(f"{WORKERS}:forks_of_saves", 1, {"directory": str(tmp_path)}) == [0]
 
 
+def test_a_save_that_fails_is_told_when_none_of_its_threads_writes_any_more(tmp_path: Path) -> None:
+    (found,) = run_ranks(f"{WORKERS}:threads_behind_a_failed_save", 1, {"directory": str(tmp_path)})
+    assert found["files"] == 2
+    assert "No space left on device" in found["said"]
+    assert found["writing"] == []
+
+
 def test_a_rank_that_cannot_write_is_said_on_all_ranks_and_the_next_save_works(tmp_path: Path) -> None:
     said = run_ranks(f"{WORKERS}:saves_with_a_full_disk_on_rank_one", 2, {"directory": str(tmp_path)})
     assert said[0] == said[1]

@@ -61,8 +61,7 @@ class Save:
         Raises: CheckpointError if a file could not be written on any rank, on all of them.
         """
         self._hurry.set()
-        own = on_all_ranks(lambda: {name: file.result() for name, file in self.files.items()})
-        self._threads.shutdown()
+        own = on_all_ranks(self._own_files)
         if own:
             results = self._request.async_fn_args[2]
             results.put({number: file.results() for number, file in enumerate(own.values())})
@@ -70,6 +69,11 @@ class Save:
             finalize()
         entries = {name: file.entry for name, file in own.items()}
         return {name: entry for part in all_gather(entries) for name, entry in part.items()}
+
+    def _own_files(self) -> dict[str, FinishedFile]:
+        # Of all threads, also where one has failed: who removes the folder then must not meet one that still writes.
+        self._threads.shutdown()
+        return {name: file.result() for name, file in self.files.items()}
 
 
 def start_save(directory: Path, models: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> Save:
