@@ -180,7 +180,7 @@ class Position:
         if self.stage not in self.stage_flops or not self._flops_pace.per_s:
             return None
         names = list(self.stage_steps)
-        later = sum(self.stage_flops[name] for name in names[names.index(self.stage) + 1 :])
+        later = sum(self.stage_flops.get(name, 0.0) for name in names[names.index(self.stage) + 1 :])
         here = self.stage_flops[self.stage] * max(1 - self.stage_step / max(self.stage_length, 1), 0)
         return (here + later) / self._flops_pace.per_s
 

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
@@ -189,10 +190,19 @@ def test_remaining_time_of_a_growing_run_goes_by_flops_also_where_it_branched_of
         for step in range(1, 11):
             now[0] += 1.0
             flops = step * 1e9 + (1e15 if before else 0.0)
-            fields = {"step": before + step, "stage": "base", "stage_step": step, "flops": flops}
+            fields: dict[str, Any] = {"step": before + step, "stage": "base", "stage_step": step, "flops": flops}
             position.take({"kind": "train"} | fields)
         assert position.stage_eta_s(fields) == pytest.approx(10)
         assert position.run_eta_s(fields) == pytest.approx(10 + 160)
+
+
+def test_a_stage_that_only_the_records_know_counts_for_nothing_in_the_remaining_time() -> None:
+    position = Position(STAGES, {"base": 20e9, "grown": 40e9})
+    position.take({"kind": "train", "step": 1, "stage": "of_an_earlier_configuration", "flops": 1e9, "time": 0.0})
+    for step in (2, 3, 4):
+        record = {"kind": "train", "step": step, "stage": "base", "flops": step * 1e9, "time": float(step)}
+        position.take(record)
+    assert position.run_eta_s(record) == pytest.approx(16 + 40)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments import TARGET, Experiment, model_of  # type: ignore[import-not-found]
-from tables import markdown  # type: ignore[import-not-found]
+from tables import BEST_SCRATCH, LATE, markdown  # type: ignore[import-not-found]
 
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
@@ -74,7 +74,14 @@ def write(output: Path) -> None:
     """results.json, results.md and results.png of all runs that are finished."""
     paths = sorted((output / "finished").glob("*.json"), key=lambda path: path.stat().st_mtime)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    found = {"runs": records, "columns": columns_of(records), "along_the_curves": _along_the_curves(output, records)}
+    runs = _runs(output, records)
+    scratch, best = runs.pop("nine_way/scratch", {}), runs.get(BEST_SCRATCH, {})
+    found = {
+        "runs": records,
+        "columns": columns_of(records),
+        "along_the_curves": _along_the_curves(runs, scratch),
+        "against_best_scratch": _along_the_curves(runs, best),
+    }
     write_text(output / "results.json", json.dumps(found, indent=1) + "\n")
     write_text(output / "results.md", markdown(found))
     _plot(output, records)
@@ -113,10 +120,8 @@ def annealed_speed_up(entry: Record, scratch: Sequence[Record]) -> float | str:
     return cost_of(Curve(tuple(losses), {"flops": tuple(costs)}), "flops", loss) / cost - 1
 
 
-def _along_the_curves(output: Path, records: Sequence[Record]) -> Mapping[str, Any]:
+def _along_the_curves(runs: Mapping[str, Mapping[int, Run]], baseline: Mapping[int, Run]) -> Mapping[str, Any]:
     """As the paper measures it: where the curves of training pass the same loss, none of them annealed there."""
-    runs = _nine_way_runs(output, records)
-    baseline = runs.pop("scratch", {})
     groups, figures = {}, dict[str, Any]()
     for column, by_seed in runs.items():
         seeds = sorted(by_seed.keys() & baseline.keys())
@@ -127,19 +132,23 @@ def _along_the_curves(output: Path, records: Sequence[Record]) -> Mapping[str, A
     return figures
 
 
-def _nine_way_runs(output: Path, records: Sequence[Record]) -> dict[str, dict[int, Run]]:
+def _runs(output: Path, records: Sequence[Record]) -> dict[str, dict[int, Run]]:
+    """Those of the nine-way and of the ablations that are set against scratch, by column and seed."""
     runs: dict[str, dict[int, Run]] = {}
     for entry in records:
-        if entry["group"] == "nine_way" and entry["column"] not in (SHORT, LONG):
-            runs.setdefault(entry["column"], {})[entry["seed"]] = read_run(output / "runs" / entry["name"])
+        column = f"{entry['group']}/{entry['column']}"
+        if (entry["group"] == "nine_way" and entry["column"] not in (SHORT, LONG)) or column in (BEST_SCRATCH, LATE):
+            runs.setdefault(column, {})[entry["seed"]] = read_run(output / "runs" / entry["name"])
     return runs
 
 
 def _plot(output: Path, records: Sequence[Record]) -> None:
     shown: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = {}
-    for name, runs in _nine_way_runs(output, records).items():
+    for name, runs in _runs(output, records).items():
+        if not name.startswith("nine_way/"):
+            continue
         curves = [run.curves["validation"] for run in runs.values()]
-        shown[name] = [(curve.costs["flops"], curve.losses) for curve in curves]
+        shown[name.removeprefix("nine_way/")] = [(curve.costs["flops"], curve.losses) for curve in curves]
     partial = output / ".results.png"
     if not shown:
         return

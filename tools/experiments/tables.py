@@ -60,17 +60,27 @@ ABLATIONS = {
 """Of each column what it is, and the column that it differs from in one thing."""
 
 
-CONTROL = "ablations/scratch_warmup_0.4"
+BEST_SCRATCH = "ablations/scratch_warmup_0.4"
 """Scratch whose warm-up did best at the whole budget; tuning, at half of it, chose a longer one."""
+
+
+LATE = "ablations/d_1200"
+"""What is set against it too, beside the nine-way."""
 
 
 def nine_way_table(found: Mapping[str, Any]) -> str:
     """Four operators in two directions and scratch, as far as there are runs of them."""
     rows = []
-    control = found["columns"].get(CONTROL, {}).get("same_sources", {})
+    control = found["columns"].get(BEST_SCRATCH, {}).get("same_sources", {})
     for name, label in NINE_WAY.items():
         if column := found["columns"].get(f"nine_way/{name}"):
-            along = found["along_the_curves"].get(name, {}).get("speed_ups", {}).get("validation", {}).get("flops", {})
+            along = (
+                found["along_the_curves"]
+                .get(f"nine_way/{name}", {})
+                .get("speed_ups", {})
+                .get("validation", {})
+                .get("flops", {})
+            )
             speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in along.get("of", ())]
             gain = list(column.get("gain", {}).values())  # none of scratch itself
             figures = (
@@ -87,6 +97,21 @@ def nine_way_table(found: Mapping[str, Any]) -> str:
         ("what", "column", "seeds", "held-out loss", "gain over scratch", "over scratch, warm-up 40 %",
          "loss, other source", "speed-up, annealed", "along the curves", "the paper, along the curves"), rows,
     )  # fmt: skip
+
+
+def best_scratch_table(found: Mapping[str, Any]) -> str:
+    """What each column saves against the best scratch, where the curves pass the lowest loss that both reach."""
+    rows = []
+    labels = {f"nine_way/{name}": label for name, label in NINE_WAY.items()}
+    labels[LATE] = f"direct, depth, {ABLATIONS[LATE.partition('/')[2]][0]}"
+    for name, label in labels.items():
+        if column := found.get("against_best_scratch", {}).get(name):
+            pairs = column["speed_ups"]["validation"]["flops"]["of"]
+            speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in pairs]
+            flops = 1 / (1 + statistics.fmean(speed_ups)) - 1
+            need = f"{abs(flops):.1%} {'fewer' if flops < 0 else 'more'}".replace("%", " %")
+            rows.append((label, f"`{name.partition('/')[2]}`", str(len(speed_ups)), need, percents(speed_ups)))
+    return table(("what", "column", "seeds", "FLOPs to the same loss", "speed-up along the curves"), rows)
 
 
 def ablation_table(found: Mapping[str, Any]) -> str:
@@ -165,7 +190,12 @@ def percents(values: Iterable[float | str]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """All tables that there are runs for."""
-    return "\n".join((nine_way_table(found), ablation_table(found), tuning_table(found["runs"])))
+    return "\n".join(tables(found))
+
+
+def tables(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Each table of the page."""
+    return nine_way_table(found), best_scratch_table(found), ablation_table(found), tuning_table(found["runs"])
 
 
 if __name__ == "__main__":
