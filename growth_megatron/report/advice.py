@@ -216,18 +216,21 @@ def _statements(seen: int, parameters: int, found: Guideline, factor: int) -> tu
             "factor 2 is the most reliable; from some larger one on, training from scratch is better",
             f"most gain below {TOKENS_PER_PARAMETER:.0f} tokens a parameter",
             f"factor {factor}, {a_parameter:.3g} tokens a parameter",
-            (True if found.parameters >= low else None)
-            if factor <= RELIABLE_FACTOR and a_parameter <= TOKENS_PER_PARAMETER
-            else False,
+            _fits(factor <= RELIABLE_FACTOR and a_parameter <= TOKENS_PER_PARAMETER, found.parameters),
         ),
         Statement(
             "arXiv 2510.06548",
             "L = A D1^-a1 D2^(-a2 + a3 log D1) + E: the more tokens D1 the base has seen, the slower D2 bring it down",
             "models up to 1.1B; the constants are not included",
             f"D1 = {count(seen)}, {seen / parameters:.3g} a parameter of the base",
-            False if parameters > 1.1e9 else True if parameters >= low else None,
+            _fits(parameters <= 1.1e9, parameters),
         ),
     )  # fmt: skip
+
+
+def _fits(within: bool, parameters: float) -> bool | None:
+    """Of a source that does not say how small its models were: not known below the smallest of another's."""
+    return False if not within else True if parameters >= FITTED_PARAMETERS[0] else None
 
 
 def place(value: float, low: float, high: float) -> str:

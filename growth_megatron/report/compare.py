@@ -193,11 +193,12 @@ def render_comparison(figures: Mapping[str, Any]) -> str:
     """A table, a sentence for each group, and what makes them weaker."""
     rows = [("", "runs", *LOSSES.values(), "speed-up at equal", *(f"in {name}" for name in COSTS.values()))]
     for name, group in figures["groups"].items():
-        kind = _kind(group)
-        found = group["speed_ups"][kind]
-        finals = [_spread(group["final"][loss]) for loss in LOSSES]
-        ups = [_percent(found[cost]) if cost in found else "n/a" for cost in COSTS]
-        rows.append((name, str(len(group["runs"])), *finals, LOSSES[kind], *ups))
+        head = [name, str(len(group["runs"])), *(_spread(group["final"][loss]) for loss in LOSSES)]
+        for kind in [loss for loss in LOSSES if group["speed_ups"][loss]] or ["train"]:
+            found = group["speed_ups"][kind]
+            ups = [_percent(found[cost]) if cost in found else "n/a" for cost in COSTS]
+            rows.append((*head, LOSSES[kind], *ups))
+            head = [""] * len(head)
     sentences = [sentence(name, group, len(figures["baseline"])) for name, group in figures["groups"].items()]
     sentences += [
         f"warning: {run} is not complete, its last record is of step {step:,}: its losses are not those of its end"

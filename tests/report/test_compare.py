@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,11 @@ def test_seeds_give_a_mean_and_a_spread_and_a_sentence(tmp_path: Path) -> None:
     assert "stack comes to a held-out loss of" in text
     assert "fewer FLOPs than the baseline" in text
     assert "over 3 pairs of runs" in text
+    lines = text.splitlines()
+    for line, loss in ((lines[1], "held-out loss"), (lines[2], "smoothed training loss")):  # both, side by side
+        kind = "validation" if loss == "held-out loss" else "train"
+        mean = figures["groups"]["stack"]["speed_ups"][kind]["flops"]["mean"]
+        assert re.search(rf"{loss} +{re.escape(f'{mean:+.1%}')} \(", line), line
     assert f"with {1 - 1 / (1 + found['mean']):.1%} fewer FLOPs" in text  # of the mean speed-up beside it
     assert "(each with each)" in render_comparison(compare({"stack": grown[:2]}, scratch))
     assert "warning" not in text
