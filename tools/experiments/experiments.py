@@ -3,8 +3,8 @@
 Owns: sizes, budgets, columns, seeds, learning rates that are tried. Pure: nothing is read, written or started.
 Does not own: starting runs (``run.py``), figures (``results.py``), what all runs share (``common.yaml``).
 
-Every column may spend the FLOPs of ``SCRATCH_STEPS`` steps of the target: what its base, and learning its maps, takes
-of them, its grown stage has less.
+Every column may spend the FLOPs of ``SCRATCH_STEPS`` steps of the target, the longer ones ``LONGER`` times of it: what
+its base, and learning its maps, takes of them, its grown stage has less.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["s
 
 SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1200, 300, 1200, 60, 100
 TUNING_BUDGET = 0.5
+LONGER = 5.0  # budgets
 SEEDS, TUNING_SEED = (1, 2, 3), 7
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 WARM_UPS = (0.02, 0.05, 0.2, 0.4, 0.6)  # of the steps of a run
@@ -133,7 +134,7 @@ class Experiment:
     @property
     def is_compared(self) -> bool:
         """Whether it belongs into the table of results."""
-        return self.group in ("nine_way", "ablations")
+        return self.group in ("nine_way", "ablations", "longer")
 
 
 def schedule(rate: float, kind: str = "cosine", **others: Any) -> Content:
@@ -141,9 +142,11 @@ def schedule(rate: float, kind: str = "cosine", **others: Any) -> Content:
     return {"kind": kind, "learning_rate": rate, "min_learning_rate": rate / 10, **others}
 
 
-def base_run(base: str, seed: int, rate: float, steps: int = BASE_STEPS, every: int | None = None) -> Experiment:
+def base_run(
+    base: str, seed: int, rate: float, steps: int = BASE_STEPS, every: int | None = None, suffix: str = ""
+) -> Experiment:
     """A small model at a constant rate; with ``every``, checkpoints are kept so often."""
-    suffix = f"_{rate:g}" if seed == TUNING_SEED else ""
+    suffix = f"_{rate:g}" if seed == TUNING_SEED else suffix
     stage = {
         "name": "base",
         "model": dict(BASES[base]),
@@ -257,6 +260,12 @@ def tuning_run(kind: str, plan: Plan, base_rates: Mapping[str, float]) -> Experi
     return grown_run("tuning", column, base, OPERATORS[kind]["direct"], plan, budget=TUNING_BUDGET)
 
 
+def longer_tuning_run(plan: Plan) -> Experiment:
+    """``plan`` for scratch at the whole of the longer budget."""
+    column = f"scratch_{plan.rate:g}_warmup_{plan.warm_up:g}"
+    return scratch_run("tuning_longer", column, TUNING_SEED, plan, LONGER)
+
+
 def neighbours(plan: Plan) -> list[Plan]:
     """``plan``, then those one rate or one warm-up away from it."""
     rate, warm_up = RATES.index(plan.rate), WARM_UPS.index(plan.warm_up)
@@ -297,6 +306,27 @@ def ablations(tuned: Tuned) -> Iterator[Experiment]:
     for part in (_of_warm_up, _of_factor, _of_timing, _of_optimizer, _of_late_growth, _of_layers):
         for seed in SEEDS:
             yield from part(tuned, seed)
+
+
+def longer(tuned: Tuned, scratch: Plan) -> Iterator[Experiment]:
+    """Scratch by a plan of its own and what paid in the nine-way, as it was there, at ``LONGER`` times the FLOPs.
+
+    Bases and growth take the same parts of them.
+    """
+    early, late = round(LONGER * BASE_STEPS), round(LONGER * LATE_STEPS)
+    for seed in SEEDS:
+        base = base_run("depth", seed, tuned.bases["depth"], late, early, "_longer")
+        yield base
+        yield scratch_run("longer", "scratch", seed, scratch, LONGER)
+        for column, at in (("depth_direct", early), ("depth_late", late)):
+            growth, plan = OPERATORS["depth"]["direct"], tuned.plans["depth"]
+            yield grown_run("longer", column, base, growth, plan, at=at, budget=LONGER)
+    for seed in SEEDS:
+        base = base_run("width", seed, tuned.bases["width"], early, suffix="_longer")
+        yield base
+        for operator in ("zero", "direct"):
+            growth, plan = OPERATORS["width"][operator], tuned.plans["width"]
+            yield grown_run("longer", f"width_{operator}", base, growth, plan, at=early, budget=LONGER)
 
 
 def _of_warm_up(tuned: Tuned, seed: int) -> Iterator[Experiment]:

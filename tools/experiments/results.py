@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments import TARGET, Experiment, model_of  # type: ignore[import-not-found]
-from tables import BEST_SCRATCH, LATE, markdown  # type: ignore[import-not-found]
+from tables import BEST_SCRATCH, LATE, LONGER_SCRATCH, markdown  # type: ignore[import-not-found]
 
 from growth_megatron.errors import GrowthMegatronError
 from growth_megatron.model.cost import flops_per_token
@@ -75,12 +75,16 @@ def write(output: Path) -> None:
     paths = sorted((output / "finished").glob("*.json"), key=lambda path: path.stat().st_mtime)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     runs = _runs(output, records)
+    longer = {column: runs.pop(column) for column in list(runs) if column.startswith("longer/")}
     scratch, best = runs.pop("nine_way/scratch", {}), runs.get(BEST_SCRATCH, {})
     found = {
         "runs": records,
         "columns": columns_of(records),
         "along_the_curves": _along_the_curves(runs, scratch),
-        "against_best_scratch": _along_the_curves(runs, best),
+        "against_best_scratch": {
+            **_along_the_curves(runs, best),
+            **_along_the_curves(longer, longer.pop(LONGER_SCRATCH, {})),
+        },
     }
     write_text(output / "results.json", json.dumps(found, indent=1) + "\n")
     write_text(output / "results.md", markdown(found))
@@ -92,7 +96,7 @@ def columns_of(records: Sequence[Record]) -> dict[str, Record]:
     nine = {(r["column"], r["seed"]): r for r in records if r["group"] == "nine_way"}
     columns: dict[str, Record] = {}
     for entry in records:
-        if entry["group"] not in ("nine_way", "ablations"):
+        if entry["group"] not in ("nine_way", "ablations", "longer"):
             continue
         column = columns.setdefault(f"{entry['group']}/{entry['column']}", defaultdict(dict))
         seed = str(entry["seed"])
@@ -100,7 +104,7 @@ def columns_of(records: Sequence[Record]) -> dict[str, Record]:
         column["other_source"][seed] = entry["other_source"]
         column["flops"][seed] = entry["flops"]
         scratch = [nine[key] for name in (SHORT, "scratch", LONG) if (key := (name, entry["seed"])) in nine]
-        if len(scratch) == 3 and entry not in scratch:
+        if len(scratch) == 3 and entry not in scratch and entry["group"] != "longer":
             column["speed_up"][seed] = annealed_speed_up(entry, scratch)
             column["gain"][seed] = scratch[1]["same_sources"] - entry["same_sources"]
     return {name: dict(column) for name, column in columns.items()}
@@ -133,11 +137,12 @@ def _along_the_curves(runs: Mapping[str, Mapping[int, Run]], baseline: Mapping[i
 
 
 def _runs(output: Path, records: Sequence[Record]) -> dict[str, dict[int, Run]]:
-    """Those of the nine-way and of the ablations that are set against scratch, by column and seed."""
+    """Those of the nine-way, the ablations and the longer ones that are set against scratch, by column and seed."""
     runs: dict[str, dict[int, Run]] = {}
     for entry in records:
         column = f"{entry['group']}/{entry['column']}"
-        if (entry["group"] == "nine_way" and entry["column"] not in (SHORT, LONG)) or column in (BEST_SCRATCH, LATE):
+        nine_way = entry["group"] == "nine_way" and entry["column"] not in (SHORT, LONG)
+        if nine_way or entry["group"] == "longer" or column in (BEST_SCRATCH, LATE):
             runs.setdefault(column, {})[entry["seed"]] = read_run(output / "runs" / entry["name"])
     return runs
 

@@ -1,6 +1,6 @@
 """Train what ``experiments.py`` lists and write what came of it: does growth pay, at a size that two cores can train?
 
-    python tools/experiments/run.py [tuning|nine_way|ablations|all] --output DIR [--workers 2] [--dry-run]
+    python tools/experiments/run.py [tuning|nine_way|ablations|longer|all] --output DIR [--workers 2] [--dry-run]
 
 Fetches text and prepares data below DIR where they are not there yet, tunes learning rates first, and starts each run
 as ``growth-megatron train``: DIR/configs/NAME.yaml, DIR/runs/NAME, DIR/logs/NAME.log. What is finished is skipped, what
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from growth_megatron.errors import ConfigError, GrowthMegatronError
 from growth_megatron.parallel.file_lock import locked
 
 HERE = Path(__file__).resolve().parent
+PHASES = ("tuning", "nine_way", "ablations", "longer", "all")
 TRAINED_ON = ("speeches", "anarchism", "postgresql", "python")
 VOCABULARY = yaml.safe_load(COMMON.read_text(encoding="utf-8"))["model"]["vocab_size"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -163,7 +164,7 @@ def _script(name: str, *arguments: str) -> list[str]:
 
 
 def of_phase(phase: str, tuned: Tuned) -> list[Experiment]:
-    """The runs after tuning; none twice."""
+    """The runs after tuning at the plain budget; none twice."""
     chosen: list[Experiment] = []
     if phase in ("nine_way", "all"):
         chosen += experiments.nine_way(tuned)
@@ -187,16 +188,32 @@ def tune(crew: Crew) -> Tuned | None:
         bases[kind] = results.lowest(
             crew.output, {rate: experiments.base_run(kind, TUNING_SEED, rate) for rate in RATES}
         )
-    at, before = tuned.plans, None
+    plans = descended(crew, tuned.plans, lambda at: neighbouring(at, bases))
+    return None if plans is None else Tuned(bases, plans)
+
+
+Candidates = dict[str, dict[Plan, Experiment]]
+
+
+def descended(
+    crew: Crew, at: Mapping[str, Plan], near: Callable[[Mapping[str, Plan]], Candidates]
+) -> Mapping[str, Plan] | None:
+    """The plans reached from ``at`` by going to the best of those ``near`` until none is better; None: a run failed."""
+    before: Mapping[str, Plan] | None = None
     while at != before:
-        tried = neighbouring(at, bases)
+        tried = near(at)
         if not crew.work([run for runs in tried.values() for run in runs.values()]):
             return None
         at, before = {kind: results.lowest(crew.output, runs) for kind, runs in tried.items()}, at
-    return Tuned(bases, at)
+    return at
 
 
-def neighbouring(at: Mapping[str, Plan], bases: Mapping[str, float]) -> dict[str, dict[Plan, Experiment]]:
+def near_longer(at: Mapping[str, Plan]) -> Candidates:
+    """The runs of scratch at the longer budget that are near its plan."""
+    return {"scratch": {plan: experiments.longer_tuning_run(plan) for plan in experiments.neighbours(at["scratch"])}}
+
+
+def neighbouring(at: Mapping[str, Plan], bases: Mapping[str, float]) -> Candidates:
     """Of each kind the runs of its plan and of that plan's neighbours."""
     return {
         kind: {near: experiments.tuning_run(kind, near, bases) for near in experiments.neighbours(plan)}
@@ -212,7 +229,7 @@ def first_tuning(tuned: Tuned) -> list[Experiment]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", nargs="?", default="all", choices=["tuning", "nine_way", "ablations", "all"])
+    parser.add_argument("phase", nargs="?", default="all", choices=PHASES)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time, one core each; default: 2")
     parser.add_argument("--dry-run", action="store_true", help="list the runs; nothing is fetched, written or started")
@@ -221,7 +238,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.workers < 1:
         parser.error(f"--workers {options.workers} trains nothing; give 1 or more")
     if options.dry_run:
-        for run in [*first_tuning(experiments.untuned()), *of_phase(options.phase, experiments.untuned())]:
+        untuned = experiments.untuned()
+        runs = [*first_tuning(untuned), *of_phase(options.phase, untuned)]
+        if options.phase in ("longer", "all"):
+            runs += [*near_longer(untuned.plans)["scratch"].values()]
+            runs += experiments.longer(untuned, untuned.plans["scratch"])
+        for run in runs:
             state = "finished" if results.is_finished(output, run) else "to do"
             print(
                 f"{run.name:44} {state:9} {results.steps_of(run):5.0f} steps' worth, from {', '.join(run.needs) or '-'}"
@@ -248,6 +270,12 @@ def work(output: Path, phase: str, workers: int) -> int:
         return 1
     print(f"tuned: {tuned}", flush=True)
     complete = crew.work(of_phase(phase, tuned))
+    if phase in ("longer", "all"):
+        plans = descended(crew, {"scratch": experiments.untuned().plans["scratch"]}, near_longer)
+        if plans is None:
+            return 1
+        print(f"tuned for the longer runs: {plans['scratch']}", flush=True)
+        complete = crew.work(list(experiments.longer(tuned, plans["scratch"]))) and complete
     results.write(output)
     print(f"results: {output / 'results.json'}, results.md, results.png")
     return 0 if complete else 1

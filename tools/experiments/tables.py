@@ -68,6 +68,17 @@ LATE = "ablations/d_1200"
 """What is set against it too, beside the nine-way."""
 
 
+LONGER_SCRATCH = "longer/scratch"
+LONGER = {
+    "scratch": "scratch",
+    "depth_direct": "direct, depth (`stack`)",
+    "depth_late": "direct, depth, grown late",
+    "width_zero": "zero, width",
+    "width_direct": "direct, width (`split`)",
+}
+"""Columns at five times the budget."""
+
+
 def nine_way_table(found: Mapping[str, Any]) -> str:
     """Four operators in two directions and scratch, as far as there are runs of them."""
     rows = []
@@ -101,17 +112,41 @@ def nine_way_table(found: Mapping[str, Any]) -> str:
 
 def best_scratch_table(found: Mapping[str, Any]) -> str:
     """What each column saves against the best scratch, where the curves pass the lowest loss that both reach."""
-    rows = []
     labels = {f"nine_way/{name}": label for name, label in NINE_WAY.items()}
     labels[LATE] = f"direct, depth, {ABLATIONS[LATE.partition('/')[2]][0]}"
+    rows = []
     for name, label in labels.items():
-        if column := found.get("against_best_scratch", {}).get(name):
-            pairs = column["speed_ups"]["validation"]["flops"]["of"]
-            speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in pairs]
-            flops = 1 / (1 + statistics.fmean(speed_ups)) - 1
-            need = f"{abs(flops):.1%} {'fewer' if flops < 0 else 'more'}".replace("%", " %")
-            rows.append((label, f"`{name.partition('/')[2]}`", str(len(speed_ups)), need, percents(speed_ups)))
-    return table(("what", "column", "seeds", "FLOPs to the same loss", "speed-up along the curves"), rows)
+        if saved := saving(found, name):
+            rows.append((label, f"`{name.partition('/')[2]}`", *saved))
+    return table(("what", "column", "seeds", *SAVING), rows)
+
+
+SAVING = ("FLOPs to the same loss", "speed-up along the curves")
+
+
+def saving(found: Mapping[str, Any], name: str) -> tuple[str, str, str] | None:
+    """Seeds and ``SAVING`` of a column against the best scratch at its budget; None if it was not set against it."""
+    column = found.get("against_best_scratch", {}).get(name)
+    if not column:
+        return None
+    pairs = column["speed_ups"]["validation"]["flops"]["of"]
+    speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in pairs]
+    flops = 1 / (1 + statistics.fmean(speed_ups)) - 1
+    need = f"{abs(flops):.1%} {'fewer' if flops < 0 else 'more'}".replace("%", " %")
+    return str(len(speed_ups)), need, percents(speed_ups)
+
+
+def longer_table(found: Mapping[str, Any]) -> str:
+    """Losses and savings at the longer budget, against scratch as tuned there."""
+    rows = []
+    scratch = found["columns"].get(LONGER_SCRATCH, {}).get("same_sources", {})
+    for name, label in LONGER.items():
+        if column := found["columns"].get(f"longer/{name}"):
+            seeds, *saved = saving(found, f"longer/{name}") or (str(len(column["same_sources"])), "", "")
+            gain = [-each for each in differences(column["same_sources"], scratch)] if name != "scratch" else []
+            losses = (spread(column[key].values()) for key in ("same_sources", "other_source"))
+            rows.append((label, f"`{name}`", seeds, *losses, spread(gain, "+.3f"), *saved))
+    return table(("what", "column", "seeds", "held-out loss", "loss, other source", "gain over scratch", *SAVING), rows)
 
 
 def ablation_table(found: Mapping[str, Any]) -> str:
@@ -133,17 +168,16 @@ def ablation_table(found: Mapping[str, Any]) -> str:
     )
 
 
-def tuning_table(runs: Iterable[Record]) -> str:
+def tuning_table(runs: Iterable[Record], group: str) -> str:
     """Validation losses of all settings that were tried, the lowest of each kind in bold."""
-    losses = {run["column"]: run["validation_loss"] for run in runs if run["group"] == "tuning"}
+    losses = {run["column"]: run["validation_loss"] for run in runs if run["group"] == group}
     settings: dict[str, dict[str, float]] = {}
     for column, loss in losses.items():
         kind, _, setting = column.partition("_")
         settings.setdefault(setting, {})[kind] = loss
-    lowest = {
-        kind: min((each[kind] for each in settings.values() if kind in each), default=None)
-        for kind in ("scratch", "depth", "width")
-    }
+    heads = {"scratch": "scratch", "depth": "direct, depth", "width": "direct, width"}
+    tried = {kind: [each[kind] for each in settings.values() if kind in each] for kind in heads}
+    lowest = {kind: min(found) for kind, found in tried.items() if found}
     rows = []
     for setting in sorted(settings, key=lambda text: tuple(map(float, text.split("_warmup_")))):
         rate, warm_up = setting.split("_warmup_")
@@ -153,7 +187,7 @@ def tuning_table(runs: Iterable[Record]) -> str:
             for loss, best in zip(found, lowest.values(), strict=True)
         ]
         rows.append((rate, f"{float(warm_up):.0%}".replace("%", " %"), *marked))
-    return table(("peak", "warm-up", "scratch", "direct, depth", "direct, width"), rows)
+    return table(("peak", "warm-up", *(heads[kind] for kind in lowest)), rows)
 
 
 def differences(losses: Mapping[str, float], others: Mapping[str, float]) -> list[float]:
@@ -193,9 +227,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(tables(found))
 
 
-def tables(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Each table of the page."""
-    return nine_way_table(found), best_scratch_table(found), ablation_table(found), tuning_table(found["runs"])
+def tables(found: Mapping[str, Any]) -> list[str]:
+    """Each table of the page that has a row."""
+    tuning = [tuning_table(found["runs"], group) for group in ("tuning", "tuning_longer")]
+    made = [nine_way_table(found), best_scratch_table(found), longer_table(found), ablation_table(found), *tuning]
+    return [each for each in made if each.count("\n") > 2]
 
 
 if __name__ == "__main__":
