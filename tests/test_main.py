@@ -237,6 +237,23 @@ def _run_without_torch(*arguments: str) -> str:
     return done.stdout
 
 
+def test_plan_ends_as_training_would_where_the_vocabularies_do_not_fit(
+    run: Run, growing_config: Path, prepared_corpus: Path, tmp_path: Path
+) -> None:
+    for name, words in (
+        ("model.vocab_size=100", "pieces, the model's vocab_size is 100; set model.vocab_size to"),
+        (f"data.tokenizer={tmp_path / 'none.model'}", "does not exist; give a SentencePiece model"),
+    ):
+        planned, trained = (run(command, growing_config, name) for command in ("plan", "train"))
+        _helps(planned, words)
+        assert planned.err.replace("plan: ", "train: ") in trained.err
+        assert "Memory per rank" in planned.out
+    nowhere = f"data.train.0.path={tmp_path / 'none'}"  # as on a machine without the data
+    outcome = run("plan", growing_config, nowhere, "model.vocab_size=100")
+    assert outcome.code == EXIT_OK
+    assert "shares and epochs are not known yet" in outcome.out
+
+
 def test_plan_and_help_need_no_torch(growing_config: Path) -> None:
     plan = json.loads(_run_without_torch("plan", str(growing_config), "--json"))
     assert [stage["name"] for stage in plan["stages"]] == ["base", "grown"]

@@ -14,6 +14,7 @@ from growth_megatron.checkpoint.folder.run_directory import at_step
 from growth_megatron.commands.parsing import Subparsers, add_command, add_config
 from growth_megatron.commands.plan_tables import print_plan
 from growth_megatron.config.units import format_count
+from growth_megatron.data.description import check_vocabulary
 from growth_megatron.data.mixture import describe_draws, draws_of_stages
 from growth_megatron.errors import EXIT_OK, DataError, GrowthMegatronError
 from growth_megatron.growth.configuration import load_config
@@ -52,6 +53,9 @@ def run(options: argparse.Namespace) -> int:
         if config.checkpoint.mode == "branch":
             print(_base(config.checkpoint.resume, plan))
         print(text)
+    if data is not None:
+        for stage in config.stages:
+            check_vocabulary(stage.data, stage.model.vocab_size)  # as training does; said after what there is to say
     return EXIT_OK
 
 

@@ -16,9 +16,10 @@ import numpy
 
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.config.schema import DatasetConfig
+from growth_megatron.data.description import read_description
 from growth_megatron.data.index_cache import cached_arrays
 from growth_megatron.data.mixture import suffixed
-from growth_megatron.data.prepared import open_indexed, read_description
+from growth_megatron.data.prepared import open_indexed
 from growth_megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 23  # a multiple of every token's size

@@ -21,10 +21,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from growth_megatron.config.progress_bar import bytes_progress
 from growth_megatron.data.corpus import Source, list_sources, unknown_fields
+from growth_megatron.data.description import Description, read_description
 from growth_megatron.data.encode import encode_corpus, token_dtype
 from growth_megatron.data.json_tokenizer import open_tokenizer
 from growth_megatron.data.mixture import suffixed
-from growth_megatron.data.prepared import Description, open_indexed, read_description
+from growth_megatron.data.prepared import open_indexed
 from growth_megatron.data.records import ALL_RECORDS, Fields
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError

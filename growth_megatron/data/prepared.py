@@ -1,72 +1,27 @@
-"""A prepared dataset on disk: ``PREFIX.bin``, ``PREFIX.idx`` (Megatron's) and ``PREFIX.json`` (ours).
+"""A prepared dataset on disk: ``PREFIX.bin`` and ``PREFIX.idx``, in Megatron's format.
 
-Owns: reading and describing these files, and the checks that need nothing but them.
-Does not own: writing them (``prepare``), samples (``dataset``).
-
-Datasets that Megatron's own tools wrote have no ``PREFIX.json`` and are accepted.
+Owns: opening these files, and the checks that need nothing but them.
+Does not own: writing them (``prepare``), what ``PREFIX.json`` says (``description``), samples (``dataset``).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from growth_megatron.config.schema import DataConfig, DatasetConfig
-from growth_megatron.data.json_tokenizer import open_tokenizer
+from growth_megatron.config.schema import DataConfig
+from growth_megatron.data.description import check_vocabulary
 from growth_megatron.data.mixture import IDX_HEADER, suffixed
-from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError
 
-FORMAT = 1
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\x00\x00", 1
 IDX_DTYPES: dict[int, type[numpy.generic]] = {4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
 _BLOCK_SEQUENCES = 1 << 20
 REGIONS, REGION_BYTES = 64, 1 << 16  # what is read of a large file where all of it would take too long
-
-
-@dataclass(frozen=True)
-class Description:
-    """What ``PREFIX.json`` says. It holds no time and no absolute path, so equal input gives an equal file."""
-
-    documents: int
-    tokens: int  # EOS included
-    vocab_size: int
-    tokenizer: str  # file name
-    tokenizer_sha256: str
-    dtype: str
-    text_bytes: int
-    empty_documents: int  # left out
-    sources: list[tuple[str, int]]  # path below the input, bytes on disk
-    bin_sha256: str | None = None  # of PREFIX.bin; None: prepared by an earlier version
-    largest_token: int | None = None
-    where: list[str] = field(default_factory=list)  # conditions on the records that were read
-    format: int = FORMAT
-
-    def write(self, path: Path) -> None:
-        """Write the description as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
-def read_description(prefix: str | Path) -> Description | None:
-    """The description beside ``prefix``, or None where there is none.  Raises: DataError where it is damaged."""
-    path = suffixed(prefix, ".json")
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise DataError(
-                f"{path} has format {values['format']}, this version reads {FORMAT}; prepare the data again"
-            )
-        return Description(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); prepare the data again with --overwrite") from error
 
 
 def open_indexed(prefix: str | Path) -> IndexedDataset:
@@ -143,25 +98,6 @@ def regions(path: Path, whole_bytes: int = REGIONS * REGION_BYTES) -> Iterator[b
         yield stream.read(8)
 
 
-def _check_one(entry: DatasetConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    open_indexed(entry.path)
-    description = read_description(entry.path)
-    if description is None:
-        return
-    if description.vocab_size > vocab_size:
-        raise DataError(
-            f"dataset {entry.path} was prepared with a vocabulary of {description.vocab_size}, the model's vocab_size "
-            f"is {vocab_size}; set model.vocab_size to {description.vocab_size} or prepare the data with a smaller "
-            "tokenizer"
-        )
-    if tokenizer is not None and description.tokenizer_sha256 != tokenizer.sha256:
-        raise DataError(
-            f"dataset {entry.path} was prepared with another tokenizer ({description.tokenizer}, sha256 "
-            f"{description.tokenizer_sha256[:12]}) than data.tokenizer ({tokenizer.path}, {tokenizer.sha256[:12]}); "
-            "correct data.tokenizer or prepare the data again with it"
-        )
-
-
 def check_data(data: DataConfig, vocab_size: int) -> None:
     """Check all files of ``data`` against each other and the model's ``vocab_size``; reads little, needs no processes.
 
@@ -169,11 +105,6 @@ def check_data(data: DataConfig, vocab_size: int) -> None:
 
     Raises: DataError naming the first thing that does not fit, and the remedy.
     """
-    tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocab_size is {vocab_size}; "
-            f"set model.vocab_size to {tokenizer.vocab_size} or use a smaller tokenizer"
-        )
     for entry in (*data.train, *data.validation):
-        _check_one(entry, tokenizer, vocab_size)
+        open_indexed(entry.path)
+    check_vocabulary(data, vocab_size)

@@ -13,9 +13,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from growth_megatron.data.corpus import list_sources
+from growth_megatron.data.description import read_description
 from growth_megatron.data.encode import make_tasks
 from growth_megatron.data.prepare import merge_data, prepare_data
-from growth_megatron.data.prepared import read_description
 from growth_megatron.data.records import Fields
 from growth_megatron.data.tokenizer import Tokenizer
 from growth_megatron.errors import DataError

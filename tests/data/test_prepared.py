@@ -20,8 +20,9 @@ from growth_megatron.data import fingerprint as fingerprints
 from growth_megatron.data import prepared
 from growth_megatron.data.contents import check_contents, contents
 from growth_megatron.data.dataset import InVocabulary
+from growth_megatron.data.description import read_description
 from growth_megatron.data.fingerprint import check_fingerprint, fingerprint_differences
-from growth_megatron.data.prepared import check_data, open_indexed, read_description, regions
+from growth_megatron.data.prepared import check_data, open_indexed, regions
 from growth_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from growth_megatron.errors import DataError
 
