@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from growth_megatron.config.run_schema import RunConfig
 from growth_megatron.config.tables import columns
 from growth_megatron.config.units import fixed
-from growth_megatron.errors import DataError
+from growth_megatron.errors import DataError, GrowthMegatronError
+from growth_megatron.growth.configuration import load_config
+from growth_megatron.report.comparable import differences
 from growth_megatron.report.joined import joined_records
 from growth_megatron.report.plots import smooth
 
@@ -52,6 +55,8 @@ class Run:
     """By kind of cost, what had been spent when it grew last; empty if it did not."""
     stopped_at: int | None = None
     """The step, where the run is not complete."""
+    config: RunConfig | None = None
+    """With which it ended; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,14 @@ def read_run(directory: str | Path) -> Run:
     placed = [record for record in records if record["kind"] in _NAMES and record.get("step") is not None]
     last = max(record["step"] for record in placed)
     complete = any(r["kind"] == "event" and r.get("event") == "done" and r.get("step", 0) >= last for r in records)
-    return Run(path, curves, _grown_at(records, placed), None if complete else last)
+    return Run(path, curves, _grown_at(records, placed), None if complete else last, _config_of(path))
+
+
+def _config_of(directory: Path) -> RunConfig | None:
+    try:
+        return load_config(directory / "config.yaml").config
+    except (GrowthMegatronError, OSError):
+        return None  # of another version, or gone; the losses are what counts
 
 
 def _smoothed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,6 +173,7 @@ def compare(groups: Mapping[str, Sequence[Run]], baseline: Sequence[Run]) -> dic
             for run in (*baseline, *(run for runs in groups.values() for run in runs))
             if run.stopped_at is not None
         },
+        "differences": {name: _differences(name, runs[0], baseline[0]) for name, runs in groups.items()},
         "groups": {
             name: {
                 "runs": [str(run.directory) for run in runs],
@@ -170,6 +183,13 @@ def compare(groups: Mapping[str, Sequence[Run]], baseline: Sequence[Run]) -> dic
             for name, runs in groups.items()
         },
     }
+
+
+def _differences(name: str, run: Run, other: Run) -> list[str]:
+    """Of the first seeds alone: others of a group are meant to have the same settings."""
+    if run.config is None or other.config is None:
+        return []
+    return differences(name, run.config, "the baseline", other.config)
 
 
 def _by_cost(runs: Sequence[Run], baseline: Sequence[Run], loss: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -204,6 +224,7 @@ def render_comparison(figures: Mapping[str, Any]) -> str:
         f"warning: {run} is not complete, its last record is of step {step:,}: its losses are not those of its end"
         for run, step in figures["not_complete"].items()
     ]
+    sentences += [text for said in figures["differences"].values() for text in said]
     return "\n".join([*columns(rows, right=(1, 2, 3, 5, 6, 7)), "", *sentences])
 
 
