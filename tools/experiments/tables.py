@@ -121,19 +121,21 @@ def best_scratch_table(found: Mapping[str, Any]) -> str:
     return table(("what", "column", "seeds", *SAVING), rows)
 
 
-SAVING = ("FLOPs to the same loss", "speed-up along the curves")
+SAVING = ("FLOPs to the same loss", "speed-up along the curves", "by 6 N D")
 
 
-def saving(found: Mapping[str, Any], name: str) -> tuple[str, str, str] | None:
+def saving(found: Mapping[str, Any], name: str) -> tuple[str, str, str, str] | None:
     """Seeds and ``SAVING`` of a column against the best scratch at its budget; None if it was not set against it."""
     column = found.get("against_best_scratch", {}).get(name)
     if not column:
         return None
-    pairs = column["speed_ups"]["validation"]["flops"]["of"]
-    speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in pairs]
-    flops = 1 / (1 + statistics.fmean(speed_ups)) - 1
+    own, usual = (
+        [each["baseline_cost"] / each["run_cost"] - 1 for each in column["speed_ups"]["validation"][cost]["of"]]
+        for cost in ("flops", "flops_6nd")
+    )
+    flops = 1 / (1 + statistics.fmean(own)) - 1
     need = f"{abs(flops):.1%} {'fewer' if flops < 0 else 'more'}".replace("%", " %")
-    return str(len(speed_ups)), need, percents(speed_ups)
+    return str(len(own)), need, percents(own), percents(usual)
 
 
 def longer_table(found: Mapping[str, Any]) -> str:
@@ -142,7 +144,7 @@ def longer_table(found: Mapping[str, Any]) -> str:
     scratch = found["columns"].get(LONGER_SCRATCH, {}).get("same_sources", {})
     for name, label in LONGER.items():
         if column := found["columns"].get(f"longer/{name}"):
-            seeds, *saved = saving(found, f"longer/{name}") or (str(len(column["same_sources"])), "", "")
+            seeds, *saved = saving(found, f"longer/{name}") or (str(len(column["same_sources"])), "", "", "")
             gain = [-each for each in differences(column["same_sources"], scratch)] if name != "scratch" else []
             losses = (spread(column[key].values()) for key in ("same_sources", "other_source"))
             rows.append((label, f"`{name}`", seeds, *losses, spread(gain, "+.3f"), *saved))
