@@ -167,6 +167,7 @@ def test_runs_are_trained_evaluated_and_recorded_once(tools: Any, tmp_path: Path
     assert 0 < abs(found["same_sources"]["1"] - last.losses[-1]) < 0.2  # on more samples than the run's own
     assert found["same_sources"] != found["other_source"]
     assert "| direct, depth (`stack`) | `depth_direct` | 1 |" in (tmp_path / "results.md").read_text()
+    assert {"results.png", "comparison.png"} == {path.name for path in tmp_path.glob("*.png")}
     assert crew.work([base, grown])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 

@@ -1,6 +1,6 @@
 """What came of the experiments: a record of each finished run, and tables and a picture of all that there are.
 
-Owns: DIR/finished/NAME.json (one run), results.json, results.md, results.png. All is written beside, then renamed.
+Owns: DIR/finished/NAME.json (one run), results.json, results.md, pictures. All is written beside, then renamed.
 Does not own: which runs there are (``experiments.py``), the tables (``tables.py``), curves and speed-ups along them
 (``growth_megatron.report``).
 """
@@ -25,6 +25,23 @@ from growth_megatron.report.plots import plot_comparison
 Record = dict[str, Any]
 Setting = TypeVar("Setting", bound=Hashable)
 SHORT, LONG = "scratch_0.6x", "scratch_1.4x"
+PICTURES = {
+    "comparison.png": {
+        "scratch": BEST_SCRATCH,
+        "stacked at 300": "nine_way/depth_direct",
+        "stacked at 1200": LATE,
+        "zeros in width": "nine_way/width_zero",
+        "split in width": "nine_way/width_direct",
+    },
+    "comparison_longer.png": {
+        "scratch": LONGER_SCRATCH,
+        "stacked at 1500": "longer/depth_direct",
+        "stacked at 6000": "longer/depth_late",
+        "zeros in width": "longer/width_zero",
+        "split in width": "longer/width_direct",
+    },
+}
+"""Columns by their labels, beside ``results.png`` with all of the nine-way."""
 
 
 def steps_of(run: Experiment) -> float:
@@ -148,21 +165,24 @@ def _runs(output: Path, records: Sequence[Record]) -> dict[str, dict[int, Run]]:
 
 
 def _plot(output: Path, records: Sequence[Record]) -> None:
-    shown: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = {}
-    for name, runs in _runs(output, records).items():
-        if not name.startswith("nine_way/"):
+    runs = _runs(output, records)
+    nine_way = {name.removeprefix("nine_way/"): name for name in runs if name.startswith("nine_way/")}
+    for picture, columns in {"results.png": nine_way, **PICTURES}.items():
+        curves = {
+            label: [run.curves["validation"] for run in runs[name].values()]
+            for label, name in columns.items()
+            if name in runs
+        }
+        shown = {label: [(each.costs["flops"], each.losses) for each in found] for label, found in curves.items()}
+        partial = output / f".{picture}"
+        if not shown:
             continue
-        curves = [run.curves["validation"] for run in runs.values()]
-        shown[name.removeprefix("nine_way/")] = [(curve.costs["flops"], curve.losses) for curve in curves]
-    partial = output / ".results.png"
-    if not shown:
-        return
-    try:
-        plot_comparison(shown, "held-out loss", "FLOPs", partial)
-    except GrowthMegatronError as error:  # no matplotlib
-        print(f"no picture: {error}")
-        return
-    partial.rename(output / "results.png")
+        try:
+            plot_comparison(shown, "held-out loss", "FLOPs", partial)
+        except GrowthMegatronError as error:  # no matplotlib
+            print(f"no picture: {error}")
+            return
+        partial.rename(output / picture)
 
 
 def _record(output: Path, name: str) -> Path:

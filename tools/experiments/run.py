@@ -4,8 +4,8 @@
 
 Fetches text and prepares data below DIR where they are not there yet, tunes learning rates first, and starts each run
 as ``growth-megatron train``: DIR/configs/NAME.yaml, DIR/runs/NAME, DIR/logs/NAME.log. What is finished is skipped, what
-was interrupted goes on: give the same command again. After each run DIR/results.json, results.md and results.png say
-all that is known by then.
+was interrupted goes on: give the same command again. After each run DIR/results.json, results.md and the pictures
+results.png, comparison.png and comparison_longer.png say all that is known by then.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def work(output: Path, phase: str, workers: int) -> int:
         print(f"tuned for the longer runs: {plans['scratch']}", flush=True)
         complete = crew.work(list(experiments.longer(tuned, plans["scratch"]))) and complete
     results.write(output)
-    print(f"results: {output / 'results.json'}, results.md, results.png")
+    print(f"results: {output / 'results.json'}, results.md, results.png, comparison.png, comparison_longer.png")
     return 0 if complete else 1
 
 
