@@ -29,6 +29,7 @@ TOKENS_PER_STEP = _COMMON["training"]["global_batch_size"] * _COMMON["model"]["s
 SCRATCH_STEPS, BASE_STEPS, LATE_STEPS, LEARN_STEPS, RAMP_STEPS = 1200, 300, 1200, 60, 100
 TUNING_BUDGET = 0.5
 LONGER = 5.0  # budgets
+LOWER_RATE = 4e-3
 SEEDS, TUNING_SEED = (1, 2, 3), 7
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 WARM_UPS = (0.02, 0.05, 0.2, 0.4, 0.6)  # of the steps of a run
@@ -321,6 +322,11 @@ def longer(tuned: Tuned, scratch: Plan) -> Iterator[Experiment]:
         for column, at in (("depth_direct", early), ("depth_late", late)):
             growth, plan = OPERATORS["depth"]["direct"], tuned.plans["depth"]
             yield grown_run("longer", column, base, growth, plan, at=at, budget=LONGER)
+    for seed in SEEDS:  # added when the first two seeds of the above had been seen
+        base = base_run("depth", seed, tuned.bases["depth"], late, early, "_longer")
+        plan = replace(tuned.plans["depth"], rate=LOWER_RATE)
+        growth, column = OPERATORS["depth"]["direct"], f"depth_direct_{LOWER_RATE:g}"
+        yield grown_run("longer", column, base, growth, plan, at=early, budget=LONGER)
     for seed in SEEDS:
         base = base_run("width", seed, tuned.bases["width"], early, suffix="_longer")
         yield base

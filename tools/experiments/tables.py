@@ -72,6 +72,7 @@ LONGER_SCRATCH = "longer/scratch"
 LONGER = {
     "scratch": "scratch",
     "depth_direct": "direct, depth (`stack`)",
+    "depth_direct_0.004": "direct, depth, peak 4e-3",
     "depth_late": "direct, depth, grown late",
     "width_zero": "zero, width",
     "width_direct": "direct, width (`split`)",
