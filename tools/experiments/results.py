@@ -36,7 +36,7 @@ PICTURES = {
     "comparison_longer.png": {
         "scratch": LONGER_SCRATCH,
         "stacked at 1500": "longer/depth_direct",
-        "the same, peak 4e-3": "longer/depth_direct_0.004",
+        "at 1500, peak 4e-3": "longer/depth_direct_0.004",
         "stacked at 6000": "longer/depth_late",
         "zeros in width": "longer/width_zero",
         "split in width": "longer/width_direct",
