@@ -54,8 +54,9 @@ def run(options: argparse.Namespace) -> int:
             print(_base(config.checkpoint.resume, plan))
         print(text)
     if data is not None:
-        for stage in config.stages:
-            check_vocabulary(stage.data, stage.model.vocab_size)  # as training does; said after what there is to say
+        for number, stage in enumerate(config.stages):  # as training does; said after what there is to say
+            if all(stage.data != earlier.data for earlier in config.stages[:number]):
+                check_vocabulary(stage.data, stage.model.vocab_size)
     return EXIT_OK
 
 

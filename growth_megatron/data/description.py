@@ -65,6 +65,7 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
     Raises: DataError naming the first thing that does not fit, and the remedy.
     """
     tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
+    sha256 = tokenizer.sha256 if tokenizer is not None else ""
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocab_size is {vocab_size}; "
@@ -80,9 +81,9 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
                 f"vocab_size is {vocab_size}; set model.vocab_size to {description.vocab_size} or prepare the data "
                 "with a smaller tokenizer"
             )
-        if tokenizer is not None and description.tokenizer_sha256 != tokenizer.sha256:
+        if tokenizer is not None and description.tokenizer_sha256 != sha256:
             raise DataError(
                 f"dataset {entry.path} was prepared with another tokenizer ({description.tokenizer}, sha256 "
-                f"{description.tokenizer_sha256[:12]}) than data.tokenizer ({tokenizer.path}, {tokenizer.sha256[:12]}"
-                "); correct data.tokenizer or prepare the data again with it"
+                f"{description.tokenizer_sha256[:12]}) than data.tokenizer ({tokenizer.path}, {sha256[:12]}); "
+                "correct data.tokenizer or prepare the data again with it"
             )

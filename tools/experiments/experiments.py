@@ -322,7 +322,7 @@ def longer(tuned: Tuned, scratch: Plan) -> Iterator[Experiment]:
         for column, at in (("depth_direct", early), ("depth_late", late)):
             growth, plan = OPERATORS["depth"]["direct"], tuned.plans["depth"]
             yield grown_run("longer", column, base, growth, plan, at=at, budget=LONGER)
-    for seed in SEEDS:  # added when the first two seeds of the above had been seen
+    for seed in SEEDS:  # added when the above had been seen
         base = base_run("depth", seed, tuned.bases["depth"], late, early, "_longer")
         plan = replace(tuned.plans["depth"], rate=LOWER_RATE)
         growth, column = OPERATORS["depth"]["direct"], f"depth_direct_{LOWER_RATE:g}"

@@ -24,6 +24,7 @@ from growth_megatron.report.plots import plot_comparison
 
 Record = dict[str, Any]
 Setting = TypeVar("Setting", bound=Hashable)
+SCRATCH = "nine_way/scratch"
 SHORT, LONG = "scratch_0.6x", "scratch_1.4x"
 PICTURES = {
     "comparison.png": {
@@ -93,20 +94,20 @@ def write(output: Path) -> None:
     paths = sorted((output / "finished").glob("*.json"), key=lambda path: path.stat().st_mtime)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     runs = _runs(output, records)
-    longer = {column: runs.pop(column) for column in list(runs) if column.startswith("longer/")}
-    scratch, best = runs.pop("nine_way/scratch", {}), runs.get(BEST_SCRATCH, {})
+    longer = {column: found for column, found in runs.items() if column.startswith("longer/")}
+    plain = {column: found for column, found in runs.items() if column not in longer}
     found = {
         "runs": records,
         "columns": columns_of(records),
-        "along_the_curves": _along_the_curves(runs, scratch),
+        "along_the_curves": _along_the_curves(plain, SCRATCH),
         "against_best_scratch": {
-            **_along_the_curves(runs, best),
-            **_along_the_curves(longer, longer.pop(LONGER_SCRATCH, {})),
+            **_along_the_curves({name: each for name, each in plain.items() if name != SCRATCH}, BEST_SCRATCH),
+            **_along_the_curves(longer, LONGER_SCRATCH),
         },
     }
     write_text(output / "results.json", json.dumps(found, indent=1) + "\n")
     write_text(output / "results.md", markdown(found))
-    _plot(output, records)
+    _plot(output, runs)
 
 
 def columns_of(records: Sequence[Record]) -> dict[str, Record]:
@@ -142,12 +143,15 @@ def annealed_speed_up(entry: Record, scratch: Sequence[Record]) -> float | str:
     return cost_of(Curve(tuple(losses), {"flops": tuple(costs)}), "flops", loss) / cost - 1
 
 
-def _along_the_curves(runs: Mapping[str, Mapping[int, Run]], baseline: Mapping[int, Run]) -> Mapping[str, Any]:
-    """As the paper measures it: where the curves of training pass the same loss, none of them annealed there."""
-    groups, figures = {}, dict[str, Any]()
+def _along_the_curves(runs: Mapping[str, Mapping[int, Run]], against: str) -> Mapping[str, Any]:
+    """As the paper measures it: where the curves of training pass the same loss, none of them annealed there.
+
+    Of each column against that of the name ``against``, as far as that one has the same seeds.
+    """
+    groups, figures, baseline = {}, dict[str, Any](), runs.get(against, {})
     for column, by_seed in runs.items():
         seeds = sorted(by_seed.keys() & baseline.keys())
-        if seeds:
+        if seeds and column != against:
             groups = {column: [by_seed[seed] for seed in seeds]}
             found = compare(groups, [baseline[seed] for seed in seeds])["groups"][column]
             figures[column] = {"seeds": seeds, "speed_ups": found["speed_ups"]}
@@ -165,8 +169,7 @@ def _runs(output: Path, records: Sequence[Record]) -> dict[str, dict[int, Run]]:
     return runs
 
 
-def _plot(output: Path, records: Sequence[Record]) -> None:
-    runs = _runs(output, records)
+def _plot(output: Path, runs: Mapping[str, Mapping[int, Run]]) -> None:
     nine_way = {name.removeprefix("nine_way/"): name for name in runs if name.startswith("nine_way/")}
     for picture, columns in {"results.png": nine_way, **PICTURES}.items():
         curves = {

@@ -86,14 +86,6 @@ def nine_way_table(found: Mapping[str, Any]) -> str:
     control = found["columns"].get(BEST_SCRATCH, {}).get("same_sources", {})
     for name, label in NINE_WAY.items():
         if column := found["columns"].get(f"nine_way/{name}"):
-            along = (
-                found["along_the_curves"]
-                .get(f"nine_way/{name}", {})
-                .get("speed_ups", {})
-                .get("validation", {})
-                .get("flops", {})
-            )
-            speed_ups = [each["baseline_cost"] / each["run_cost"] - 1 for each in along.get("of", ())]
             gain = list(column.get("gain", {}).values())  # none of scratch itself
             figures = (
                 spread(column["same_sources"].values()),
@@ -101,7 +93,7 @@ def nine_way_table(found: Mapping[str, Any]) -> str:
                 spread((-each for each in differences(column["same_sources"], control)), "+.3f") if gain else "",
                 spread(column["other_source"].values()),
                 percents(column.get("speed_up", {}).values()),
-                percents(speed_ups),
+                percents(speed_ups(found["along_the_curves"].get(f"nine_way/{name}"))),
                 PAPER.get(name, ""),
             )
             rows.append((label, f"`{name}`", str(len(column["same_sources"])), *figures))
@@ -130,13 +122,16 @@ def saving(found: Mapping[str, Any], name: str) -> tuple[str, str, str, str] | N
     column = found.get("against_best_scratch", {}).get(name)
     if not column:
         return None
-    own, usual = (
-        [each["baseline_cost"] / each["run_cost"] - 1 for each in column["speed_ups"]["validation"][cost]["of"]]
-        for cost in ("flops", "flops_6nd")
-    )
+    own, usual = speed_ups(column), speed_ups(column, "flops_6nd")
     flops = 1 / (1 + statistics.fmean(own)) - 1
     need = f"{abs(flops):.1%} {'fewer' if flops < 0 else 'more'}".replace("%", " %")
     return str(len(own)), need, percents(own), percents(usual)
+
+
+def speed_ups(column: Mapping[str, Any] | None, cost: str = "flops") -> list[float]:
+    """Of a column along its curves, by seed; none where it was not set against scratch."""
+    pairs = column["speed_ups"]["validation"][cost]["of"] if column else ()
+    return [each["baseline_cost"] / each["run_cost"] - 1 for each in pairs]
 
 
 def longer_table(found: Mapping[str, Any]) -> str:
